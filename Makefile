@@ -1,0 +1,67 @@
+# `make` alone lists the targets. Everything is installed outside the checkout on first use (tools/run says where).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+RUN := tools/run
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | expand -t 18
+
+.PHONY: setup
+setup: ## install everything that demo and test need (they do it themselves, too)
+	@tools/system-packages
+	@$(RUN) python -m devcluster build
+	@$(RUN) python -m devcluster.sandbox_python
+
+.PHONY: demo
+demo: setup ## the main job, end to end, on a real API server; YES=1 approves without asking
+	@$(RUN) python -m demo
+
+.PHONY: test
+test: setup ## every test that fits into 12 minutes
+	@$(RUN) ruff format --check -q .
+	@$(RUN) ruff check -q .
+	@$(RUN) mypy
+	@$(RUN) lint-imports --no-cache
+	@$(RUN) pytest -q -m "not slow"
+
+.PHONY: check
+check: ## format, lint, types, import contracts and unit tests, in under a minute
+	@$(RUN) ruff format -q .
+	@$(RUN) ruff check -q .
+	@$(RUN) mypy
+	@$(RUN) lint-imports --no-cache
+	@$(RUN) pytest -q tests/unit
+
+.PHONY: quick
+quick: ## unit and component tests only
+	@$(RUN) pytest -q tests/unit tests/component
+
+.PHONY: full
+full: setup ## everything, the slow lanes included
+	@$(RUN) pytest -q
+
+.PHONY: bench
+bench: setup ## measure latency, throughput and fan-out beside the machine's own limits
+	@$(RUN) python -m bench
+
+.PHONY: up
+up: setup ## a development cluster, PostgreSQL and the controller, in the background
+	@$(RUN) python -m demo.stack up
+
+.PHONY: down
+down: ## stop exactly what `make up` started
+	@$(RUN) python -m demo.stack down
+
+.PHONY: start
+start: ## the controller in the foreground, against `make up CONTROLLER=0`'s cluster and database
+	@$(RUN) python -m demo.stack start
+
+.PHONY: record
+record: setup ## record OpenCode turns again: real daemon, scripted model (opencode/scenarios)
+	@$(RUN) python -m opencode.record
+
+.PHONY: lock
+lock: ## resolve requirements/*.in again
+	@$(RUN) uv pip compile -q --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 requirements/dev.in -o requirements/dev.lock
+	@$(RUN) uv pip compile -q --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements/dev.lock requirements/runtime.in -o requirements/runtime.lock

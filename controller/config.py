@@ -1,0 +1,99 @@
+"""Settings: read once from the environment, validated, frozen. The only module that looks at the environment.
+
+A missing or malformed value stops the start with one line: the variable, what it holds, what it may hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(Exception):
+    """One line a person can act on."""
+
+
+class Settings(BaseModel):
+    """The names are the source documents'. Secrets are never shown."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    database_url: str = Field(
+        alias="DATABASE_URL", repr=False, min_length=1, description="PostgreSQL, e.g. postgresql://user@host:5432/db"
+    )
+    database_url_worker: str | None = Field(
+        None, alias="DATABASE_URL_WORKER", repr=False, description="the worker's own login"
+    )
+    random_seed: str = Field(
+        alias="RANDOM_SEED", min_length=1, description="any text; the same seed gives the same retry jitter"
+    )
+    oc_mode: Literal["live", "record", "replay"] = Field(alias="OC_MODE", description="live, record or replay")
+    oc_base_url: str | None = Field(None, alias="OC_BASE_URL", description="URL of the OpenCode daemon (live, record)")
+    oc_server_port: int = Field(4096, alias="OC_SERVER_PORT", ge=1, le=65535)
+    oc_server_password: str = Field("", alias="OPENCODE_SERVER_PASSWORD", repr=False)
+    oc_fixtures: Path = Field(
+        Path("opencode/fixtures"), alias="OC_FIXTURES", description="folder of recorded turns (replay, record)"
+    )
+    sbx_mode: Literal["live", "mock"] = Field(alias="SBX_MODE", description="live or mock")
+    sbx_provider: Literal["e2b", "kubernetes", "local"] = Field(
+        "e2b", alias="SBX_PROVIDER", description="e2b, kubernetes or local"
+    )
+    sbx_root: Path = Field(
+        Path("/var/lib/sisu-kodo/sandboxes"), alias="SBX_ROOT", description="where local sandboxes keep their files"
+    )
+    sbx_toolchains: str = Field(
+        "", alias="SBX_TOOLCHAINS", description="manifests of local toolchains, separated by ':'"
+    )
+    sbx_start_log: Path | None = Field(
+        None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
+    )
+    workspace_root: Path = Field(
+        Path("/var/lib/sisu-kodo/git"), alias="WORKSPACE_ROOT", description="cache of bare clones"
+    )
+    workspace_loopback_http: bool = Field(False, alias="WORKSPACE_ALLOW_LOOPBACK_HTTP", description="development only")
+    app_version: str = Field("v1", alias="DBOS__APPVERSION", min_length=1)
+    admin_port: int = Field(
+        3002, alias="ADMIN_PORT", ge=0, le=65535, description="health and metrics; 0 takes a free port"
+    )
+    admin_host: str = Field("0.0.0.0", alias="ADMIN_HOST")  # a pod's probes and scrapes come from outside its loopback
+    policy_file: Path = Field(alias="POLICY_FILE", description="the namespace policy of the release (policy.yaml)")
+    kubeconfig: Path | None = Field(
+        None, alias="KUBECONFIG", description="outside a cluster; in one, the service account is used"
+    )
+    namespace: str = Field("sisu-kodo-system", alias="POD_NAMESPACE", description="the release's own namespace")
+    service_account: str = Field("sisu-kodo-controller", alias="SERVICE_ACCOUNT")
+    pod_name: str = Field("controller", alias="POD_NAME", min_length=1)
+    lease_ttl_seconds: float = Field(15.0, alias="LEASE_TTL_SECONDS", ge=1, le=300)
+    poll_seconds: float = Field(0.1, alias="QUEUE_POLL_SECONDS", ge=0.01, le=60)
+    intent_concurrency: int = Field(16, alias="INTENT_QUEUE_WORKER_CONCURRENCY", ge=1, le=256)
+    sbx_concurrency: int = Field(32, alias="SBX_QUEUE_WORKER_CONCURRENCY", ge=1, le=256)
+    resync_seconds: float = Field(300.0, alias="RESYNC_SECONDS", ge=1)
+    log_format: Literal["json", "text"] = Field("text", alias="LOG_FORMAT")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
+
+    @property
+    def toolchains(self) -> tuple[Path, ...]:
+        """SBX_TOOLCHAINS as paths."""
+        return tuple(Path(one) for one in self.sbx_toolchains.split(":") if one)
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and validate. Raises ConfigError with one line that names the first bad variable."""
+    values = {k: v for k, v in (os.environ if environ is None else environ).items() if v != ""}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = str(first["loc"][0])
+        field = next((f for f in Settings.model_fields.values() if f.alias == name), None)
+        may = f"; it may hold: {field.description}" if field is not None and field.description else ""
+        held = "is not set" if first["type"] == "missing" else f"holds {_shown(name, values)}: {first['msg']}"
+        raise ConfigError(f"{name} {held}{may}") from None
+
+
+def _shown(name: str, values: Mapping[str, str]) -> str:
+    return "a value that is not shown" if "URL" in name or "PASSWORD" in name else repr(values.get(name))

@@ -1,0 +1,85 @@
+"""Ledger v2 over app.opencode_calls: every model call of a run, by op_key. Failures are kept, never served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from controller.core.digest import sha256_json
+from controller.core.model import TurnReply, TurnRequest
+from controller.core.work import Context
+from controller.db.pool import Pool, change, one
+
+STEP = "CompileST"
+
+
+class PgTurnLedger:
+    """The ledger of one run and plan generation. op_key = (run, step, attempt, schema hash, hash of the prompts so far)."""
+
+    def __init__(self, pool: Pool, ctx: Context) -> None:
+        self._pool = pool
+        self._ctx = ctx
+
+    def get(self, request: TurnRequest) -> TurnReply | None:
+        row = one(self._pool, "ledger_get", op_key=self._op_key(request))
+        if row is None:
+            return None
+        return TurnReply(
+            session=row["session"] or "",
+            structured=row["structured"],
+            raw_text=row["raw_text"] or "",
+            tool_calls=tuple(row["tool_calls"] or ()),
+            tokens_in=row["tokens"]["in"],
+            tokens_out=row["tokens"]["out"],
+            timings=row["timings"] or {},
+        )
+
+    def put(self, request: TurnRequest, reply: TurnReply) -> None:
+        self._write(
+            request,
+            {
+                "session": reply.session,
+                "response": Jsonb({"structured": reply.structured, "text": reply.raw_text}),
+                "structured": Jsonb(reply.structured),
+                "raw_text": reply.raw_text,
+                "tool_calls": Jsonb([dict(t) for t in reply.tool_calls]),
+                "timings": Jsonb(dict(reply.timings)),
+                "tokens": Jsonb({"in": reply.tokens_in, "out": reply.tokens_out}),
+                "err_code": None,
+                "error": None,
+            },
+        )
+        change(self._pool, "add_tokens", run_id=self._ctx.run_id)
+
+    def failed(self, request: TurnRequest, error: Exception) -> None:
+        nothing = dict.fromkeys(("session", "response", "structured", "raw_text", "tool_calls", "timings", "tokens"))
+        self._write(request, {**nothing, "err_code": type(error).__name__, "error": str(error)[:4096]})
+
+    def _write(self, request: TurnRequest, reply: Mapping[str, Any]) -> None:
+        change(
+            self._pool,
+            "ledger_put",
+            op_key=self._op_key(request),
+            run_id=self._ctx.run_id,
+            step_id=STEP,
+            attempt=self._ctx.plan_no,
+            seq=len(request.history),
+            agent=request.agent,
+            schema_hash=sha256_json(dict(request.schema)),
+            prompt=request.prompt,
+            request=Jsonb({"agent": request.agent, "commit": request.commit, "session": request.session}),
+            **reply,
+        )
+
+    def _op_key(self, request: TurnRequest) -> str:
+        return sha256_json(
+            {
+                "run": self._ctx.run_id,
+                "step": STEP,
+                "attempt": self._ctx.plan_no,
+                "schema": sha256_json(dict(request.schema)),
+                "prompts": sha256_json([request.agent, *request.history, request.prompt]),
+            }
+        )

@@ -1,0 +1,1 @@
+"""HTTP: health and metrics now, the API of DESIGN 3.4 later."""

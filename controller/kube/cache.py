@@ -1,0 +1,63 @@
+"""What the watch has shown: the newest version of every Intent and PlanApproval. One event loop, no locks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Object = Mapping[str, Any]
+
+
+def version(obj: Object) -> int:
+    """resourceVersions are comparable numbers (KEP-5504)."""
+    return int(obj["metadata"]["resourceVersion"])
+
+
+class Cache:
+    """Intents by uid; PlanApprovals by namespace and name."""
+
+    def __init__(self) -> None:
+        self._intents: dict[str, Object] = {}
+        self._approvals: dict[tuple[str, str], Object] = {}
+
+    def intent(self, uid: str) -> Object | None:
+        """The newest seen version."""
+        return self._intents.get(uid)
+
+    def intents(self) -> Iterable[Object]:
+        """All of them."""
+        return tuple(self._intents.values())
+
+    def approval(self, namespace: str, name: str) -> Object | None:
+        """The newest seen version."""
+        return self._approvals.get((namespace, name))
+
+    def saw_intent(self, obj: Object) -> str:
+        """Keep it unless a newer one is known; its uid."""
+        uid = str(obj["metadata"]["uid"])
+        known = self._intents.get(uid)
+        if known is None or version(obj) >= version(known):
+            self._intents[uid] = _slim(obj)
+        return uid
+
+    def saw_approval(self, obj: Object) -> str:
+        """Keep it unless a newer one of the same uid is known; the uid of its Intent."""
+        key = (obj["metadata"]["namespace"], obj["metadata"]["name"])
+        known = self._approvals.get(key)
+        if known is None or known["metadata"]["uid"] != obj["metadata"]["uid"] or version(obj) >= version(known):
+            self._approvals[key] = _slim(obj)
+        return str(obj["spec"]["intent"]["uid"])
+
+    def lost_intent(self, uid: str) -> None:
+        """It is gone."""
+        self._intents.pop(uid, None)
+
+    def lost_approval(self, obj: Object) -> str:
+        """It is gone; the uid of its Intent."""
+        self._approvals.pop((obj["metadata"]["namespace"], obj["metadata"]["name"]), None)
+        return str(obj["spec"]["intent"]["uid"])
+
+
+def _slim(obj: Object) -> Object:
+    meta = {k: v for k, v in obj["metadata"].items() if k != "managedFields"}
+    return {**obj, "metadata": meta}

@@ -1,0 +1,155 @@
+"""The controller role: watch events, database notifications and the clock feed one queue; its workers reconcile.
+
+Absence counts as deletion only after a GET finds the object gone while CRD and namespace exist, and never in masses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from controller.core.errors import SisuError
+from controller.kube.cache import Cache
+from controller.kube.client import KubeCluster
+from controller.kube.gate import IdentityGate
+from controller.kube.queue import WorkQueue
+from controller.kube.reconcile import Reconciler
+from controller.ports import Clock, RunStore
+
+log = logging.getLogger(__name__)
+TICK_SECONDS = 1.0
+MASS = 10  # more runs than this without their Intent is not deletion but a fault: somebody must look
+GATE_SECONDS = 30.0
+
+
+class Operator:
+    """Everything here runs in one event loop; `saw` and `notify` are called in it, too."""
+
+    def __init__(
+        self,
+        *,
+        cluster: KubeCluster,
+        store: RunStore,
+        cache: Cache,
+        gate: IdentityGate,
+        clock: Clock,
+        reconciler: Callable[[Callable[[str, float], None]], Reconciler],
+        resync_seconds: float,
+        observe: Callable[[str, float], None],
+        workers: int = 16,
+    ) -> None:
+        self._cluster, self._store, self._cache, self._gate, self._clock = cluster, store, cache, gate, clock
+        self._resync_seconds, self._observe = resync_seconds, observe
+        self._reconciler = reconciler(lambda uid, seconds: self.queue.add_later(uid, seconds))
+        self.queue = WorkQueue(self._timed, workers=workers)
+        self._marks: Mapping[str, int] = {}
+        self.last_event: dict[str, float] = {}
+        self.last_resync: float | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.queue.run())
+            group.create_task(self._every(TICK_SECONDS, self._tick))
+            group.create_task(self._every(self._resync_seconds, self.resync))
+            group.create_task(self._every(GATE_SECONDS, self._look_at_gate))
+
+    def saw(self, plural: str, kind: str | None, obj: Mapping[str, Any]) -> None:
+        """A watch event. `kind` is None while listing."""
+        self.last_event[plural] = self._clock.monotonic()
+        if plural == "intents":
+            uid = str(obj["metadata"]["uid"])
+            if kind == "DELETED":
+                self._cache.lost_intent(uid)
+            else:
+                self._cache.saw_intent(obj)
+        else:
+            uid = self._cache.lost_approval(obj) if kind == "DELETED" else self._cache.saw_approval(obj)
+        self.queue.add(uid)
+
+    def notify(self, intent_id: str | None) -> None:
+        """The run of this Intent changed in the database; None: notifications may have been lost."""
+        if intent_id is not None:
+            self.queue.add(intent_id)
+        else:
+            for obj in self._cache.intents():
+                self.queue.add(str(obj["metadata"]["uid"]))
+
+    async def _timed(self, uid: str) -> None:
+        began = self._clock.monotonic()
+        await self._reconciler.reconcile(uid)
+        self._observe("reconcile", self._clock.monotonic() - began)
+
+    async def _every(self, seconds: float, call: Callable[[], Any]) -> None:
+        while True:
+            try:
+                await call()
+            except SisuError as e:
+                log.warning("periodic work failed", extra={"work": call.__name__, "error": str(e)})
+            await asyncio.sleep(seconds)
+
+    async def _tick(self) -> None:
+        """What no notification tells: tasks that began or ended, deadlines that passed, Intents past their time to live."""
+        marks = await asyncio.to_thread(self._store.progress)
+        for uid, mark in marks.items():
+            if self._marks.get(uid) != mark:
+                self.queue.add(uid)
+        self._marks = marks
+        for uid in await asyncio.to_thread(self._store.overdue):
+            self.queue.add(uid)
+        now = self._clock.now()
+        for obj in self._cache.intents():
+            if _outlived(obj, now):
+                meta = obj["metadata"]
+                log.info("time to live over", extra={"intent": meta["name"], "uid": meta["uid"]})
+                await self._cluster.delete_intent(meta["namespace"], meta["name"], meta["uid"])
+
+    async def _look_at_gate(self) -> None:
+        wrong = await self._gate.policies()
+        self._observe("identity_enforced", 0.0 if wrong else 1.0)
+        if wrong:
+            log.error("approval identity not enforced", extra={"problem": wrong})
+
+    async def resync(self) -> None:
+        """List everything, look at everything; find runs whose Intent went unseen."""
+        listed = await self._cluster.intents()
+        for obj in await self._cluster.approvals():
+            self._cache.saw_approval(obj)
+        seen = {self._cache.saw_intent(obj) for obj in listed}
+        for uid in seen:
+            self.queue.add(uid)
+        for obj in self._cache.intents():
+            if obj["metadata"]["uid"] not in seen:
+                self.queue.add(str(obj["metadata"]["uid"]))
+        await self._orphans(seen)
+        self.last_resync = self._clock.monotonic()
+
+    async def _orphans(self, seen: set[str]) -> None:
+        missing = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
+        gone = [r for r in missing if await self._gone(r)]
+        if len(gone) > MASS:
+            log.error("many runs without their Intent; nothing is canceled", extra={"runs": len(gone)})
+            return
+        for row in gone:
+            self._cache.lost_intent(row["intent_id"])
+            run = await asyncio.to_thread(self._store.run, row["intent_id"])
+            if run is not None and not run.status.terminal:
+                log.warning("Intent is gone; canceling its run", extra={"uid": row["intent_id"]})
+                await asyncio.to_thread(self._store.cancel, run, reason="Deleted")
+
+    async def _gone(self, row: Mapping[str, Any]) -> bool:
+        obj = await self._cluster.intent(row["namespace"], row["name"])
+        if obj is not None and obj["metadata"]["uid"] == row["intent_id"]:
+            self._cache.saw_intent(obj)
+            return False
+        return await self._cluster.crd_exists() and await self._cluster.namespace_exists(row["namespace"])
+
+
+def _outlived(obj: Mapping[str, Any], now: datetime) -> bool:
+    ttl, finished = obj["spec"].get("ttlSecondsAfterFinished"), (obj.get("status") or {}).get("finishedAt")
+    if ttl is None or finished is None or "deletionTimestamp" in obj["metadata"]:
+        return False
+    return now >= datetime.fromisoformat(finished.replace("Z", "+00:00")) + timedelta(seconds=ttl)

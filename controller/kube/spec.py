@@ -1,0 +1,36 @@
+"""Is this Intent's spec something that can be carried out? The rules that neither the CRD nor admission can state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from controller.core.errors import InvalidIntent
+from controller.core.settings import Policy, Settings, effective
+from controller.kube.crd import MAX_FREE_JSON_BYTES, IntentSpec
+
+
+def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool) -> Settings:
+    """The run's effective settings. Raises InvalidIntent naming the field and what would be right."""
+    try:
+        IntentSpec.model_validate(dict(spec))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        raise InvalidIntent(".".join(["spec", *map(str, first["loc"])]), str(first["msg"])) from e
+    for field in ("inputs", "constraints"):
+        size = len(json.dumps(spec.get(field, {}), ensure_ascii=False).encode())
+        if size > MAX_FREE_JSON_BYTES:
+            raise InvalidIntent(f"spec.{field}", f"{size} bytes of JSON; at most {MAX_FREE_JSON_BYTES} are possible")
+    git = (spec.get("workspace") or {}).get("git") or {}
+    if git.get("secretRef"):
+        raise InvalidIntent(
+            "spec.workspace.git.secretRef", "private repositories are not supported yet; use a public one"
+        )
+    if str(git.get("url", "https:")).startswith("http:") and not allow_loopback_http:
+        raise InvalidIntent(
+            "spec.workspace.git.url", "must be https://; http to loopback is a development setting of the controller"
+        )
+    return effective(spec, namespace=namespace, policy=policy)

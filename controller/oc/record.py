@@ -1,0 +1,28 @@
+"""AgentServer that asks another one and keeps what it answered: OC_MODE=record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from controller.core.model import TurnReply, TurnRequest
+from controller.oc import fixture
+from controller.ports import AgentServer
+
+
+class RecordingAgent:
+    """Every answered turn becomes a fixture. `opencode` is the daemon's version, `model` names what answered behind it."""
+
+    mode = "record"
+
+    def __init__(self, agent: AgentServer, *, directory: Path, opencode: str, model: str) -> None:
+        self._agent, self._directory, self._opencode, self._model = agent, directory, opencode, model
+
+    def turn(self, request: TurnRequest) -> TurnReply:
+        """See ports.AgentServer."""
+        reply = self._agent.turn(request)
+        fixture.write(self._directory, request, reply, opencode=self._opencode, model=self._model)
+        return reply
+
+    def end_session(self, session: str) -> None:
+        """See ports.AgentServer."""
+        self._agent.end_session(session)

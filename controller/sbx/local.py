@@ -1,0 +1,263 @@
+"""Sandboxes on this host: one fresh bubblewrap box per task, for laptops, CI and offline work. Needs Linux and bubblewrap.
+
+As root every box runs under an unprivileged outer uid of its own and in its own cgroup; limits.py says what holds
+otherwise. No network at all: `bwrap --share-net` would reach the host's 127.0.0.1, so any egress but None is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from controller.core.contract import ErrCode, Metrics, SBXReq, SBXRes
+from controller.core.errors import InvalidIntent, Unavailable
+from controller.core.model import Artifact, Chunk, Owner
+from controller.sbx import jail
+from controller.sbx.artifacts import Caps, index
+from controller.sbx.boxes import Box, Boxes
+from controller.sbx.limits import Cgroup, CgroupTree, rlimits
+from controller.sbx.output import STREAM_LIMIT, Capture
+from controller.sbx.run import Cell
+from controller.sbx.spawn import Launcher
+from controller.sbx.task import Task, Verdict
+from controller.sbx.templates import Catalog, Template, base
+from controller.sbx.uploads import Verifier, log_start
+
+log = logging.getLogger(__name__)
+UIDS = range(200_000, 200_064)
+UID_WAIT_SECONDS = 30.0
+MAX_COMMAND = 65_536
+
+
+class LocalProvider:
+    """Implements ports.SandboxProvider. Thread-safe; one instance per process is enough."""
+
+    def __init__(
+        self,
+        *,
+        state_root: Path,
+        templates: Sequence[Template] = (),
+        uids: Sequence[int] = UIDS,
+        bwrap: Path = Path("/usr/bin/bwrap"),
+        start_log: Path | None = None,
+        output_limit: int = STREAM_LIMIT,
+        caps: Caps | None = None,
+        grace_seconds: float = 2.0,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        """Removes what dead controllers left under state_root. Raises Unavailable when this host cannot do it at all.
+
+        `uids` are the outer uids when we are root (ignored otherwise); `start_log` gets a line per started command;
+        `observe` gets (create | upload | command | collect | total, seconds).
+        """
+        if not os.access(bwrap, os.X_OK):
+            raise Unavailable(f"bubblewrap is not at {bwrap}: install it (apt-get install bubblewrap)")
+        self._root = os.geteuid() == 0
+        if self._root:
+            _must_be_traversable([state_root, *(host for t in templates for host, _ in t.binds)])
+        self._boxes = Boxes(state_root, uids=uids if self._root else ())
+        self._catalog = Catalog([base(), *templates])
+        self._cgroups = CgroupTree.find()
+        self._launcher = Launcher()
+        self._verifier = Verifier()
+        self._bwrap, self._start_log, self._output_limit = bwrap, start_log, output_limit
+        self._caps, self._grace, self._observe = caps or Caps(), grace_seconds, observe
+        if swept := self._boxes.sweep(lambda name: self._cgroups.named(name).remove()):
+            log.info("sandbox_leftovers_removed", extra={"count": swept})
+
+    @property
+    def name(self) -> str:
+        return "local"
+
+    def close(self) -> None:
+        """Kills what still runs. The provider starts anew when it is used again."""
+        self._launcher.close()
+
+    def resolve(self, template: str) -> str:
+        return self._catalog.resolve(template)
+
+    def check(self, request: SBXReq) -> Template:
+        """The request's template. Raises InvalidIntent when this provider cannot run the request as it is meant."""
+        if request.egress.mode != "None":
+            raise InvalidIntent("spec.sandbox.egress.mode", "the local provider has no network; only None can be had")
+        template = self._catalog.find(request.env_ref)
+        if template is None:
+            raise InvalidIntent("spec.sandbox.template", f"{request.env_ref} is not what this host has now")
+        workdir = request.workdir or jail.WORKSPACE
+        if workdir != jail.WORKSPACE and (
+            os.path.normpath(workdir) != workdir or not workdir.startswith(f"{jail.WORKSPACE}/")
+        ):
+            raise InvalidIntent("spec.sandbox", f"the working directory {workdir!r} is not in {jail.WORKSPACE}")
+        if (
+            len(request.cmd) > MAX_COMMAND
+            or any("=" in name or not name for name in request.env)
+            or "\0" in request.cmd
+        ):
+            raise InvalidIntent(
+                "spec.sandbox", f"a command over {MAX_COMMAND} characters, a NUL, or a bad variable name"
+            )
+        return template
+
+    def run(
+        self,
+        request: SBXReq,
+        *,
+        owner: Owner,
+        files: Mapping[str, bytes],
+        emit: Callable[[Chunk], None],
+        canceled: Callable[[], bool],
+    ) -> tuple[SBXRes, Sequence[Artifact]]:
+        started = time.monotonic()
+        capture = Capture(emit, limit=self._output_limit)
+        found: Sequence[Artifact] = ()
+        facts = _Facts()
+        try:
+            template = self.check(request)
+            if complaint := self._verifier.complaint(request, files):
+                verdict = Verdict(code=ErrCode.UPLOAD_FAIL, note=complaint)
+            else:
+                with self._task(request, template, owner, capture, canceled) as task:
+                    facts.ref = f"local:{platform.node()}/{task.cell.box.name}"
+                    verdict, found = self._phases(task, files)
+                    facts.read(task)
+        except (InvalidIntent, Unavailable, LookupError, ValueError) as e:
+            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
+        except OSError as e:
+            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be made: {e}")
+        if verdict.note:
+            capture.note(verdict.note)
+        wall = time.monotonic() - started
+        self._observe("total", wall)
+        metrics = Metrics(wall_ms=round(wall * 1000), cpu_ms=facts.cpu_ms, mem_peak_mb=facts.peak_mb)
+        result = SBXRes(
+            exit=verdict.exit,
+            stdout=capture.tail("stdout"),
+            stderr=capture.tail("stderr"),
+            files_out=index(found),
+            metrics=metrics,
+            sandbox_ref=facts.ref,
+            err_code=verdict.code,
+            task_key=owner.task_key,
+        )
+        return result, found
+
+    def kill(self, owner: Owner) -> int:
+        count = 0
+        for box in self._boxes.all():
+            if (box.owner.store_id, box.owner.fence) != (owner.store_id, owner.fence):
+                continue
+            try:
+                lived = not box.killed() and (not box.abandoned() or box.jail_lives())
+                box.kill()
+            except FileNotFoundError:
+                continue  # it ended meanwhile
+            count += lived
+        return count
+
+    def owned(self, store_id: str) -> Sequence[Owner]:
+        mine = (box for box in self._boxes.all() if box.owner.store_id == store_id)
+        return [box.owner for box in mine if _lives(box)]
+
+    def _phases(self, task: Task, files: Mapping[str, bytes]) -> tuple[Verdict, Sequence[Artifact]]:
+        with self._timed("upload"):
+            verdict = task.upload(files)
+        if verdict is not None:
+            return verdict, ()
+        with self._timed("command"):
+            verdict = task.command()
+        if verdict.code not in (ErrCode.NONE, ErrCode.CMD_NONZERO, ErrCode.TIMEOUT, ErrCode.OOM):
+            return verdict, ()
+        with self._timed("collect"):
+            found, trouble = task.collect()
+        if trouble is not None and verdict.code is not ErrCode.NONE and trouble.code is not ErrCode.LOST:
+            task.capture.note(trouble.note or trouble.code.value)  # the command's own failure is the outcome
+            trouble = None
+        return trouble or verdict, found
+
+    @contextmanager
+    def _task(
+        self, request: SBXReq, template: Template, owner: Owner, capture: Capture, canceled: Callable[[], bool]
+    ) -> Iterator[Task]:
+        with ExitStack() as stack:
+            with self._timed("create"):
+                uid = self._take_uid(stack, canceled)
+                box = stack.enter_context(self._boxes.create(owner, uid=uid))
+                group = self._cgroups.create(box.name, request.limits)
+                stack.callback(group.remove)
+                view = self._view(box, template, request)
+            yield Task(
+                cell=self._cell(box, group, uid, request),
+                request=request,
+                view=jail.arguments(view),
+                capture=capture,
+                canceled=canceled,
+                log_start=lambda: log_start(self._start_log, owner),
+                caps=self._caps,
+            )
+
+    def _cell(self, box: Box, group: Cgroup, uid: int | None, request: SBXReq) -> Cell:
+        prefix = rlimits(request.limits, memory=not group.directories)
+        return Cell(
+            launcher=self._launcher, bwrap=self._bwrap, box=box, cgroup=group, uid=uid, prefix=prefix, grace=self._grace
+        )
+
+    def _view(self, box: Box, template: Template, request: SBXReq) -> jail.View:
+        return jail.View(
+            accounts=self._boxes.accounts,
+            workspace=box.tree / "workspace",
+            output=box.tree / "output",
+            tmp=box.tree / "tmp",
+            binds=template.binds,
+            env=jail.environment(template.env, template.path, request.env),
+            workdir=request.workdir or jail.WORKSPACE,
+        )
+
+    def _take_uid(self, stack: ExitStack, canceled: Callable[[], bool]) -> int | None:
+        """Waits a while for a free one: more tasks than uids is load, not failure."""
+        deadline = time.monotonic() + UID_WAIT_SECONDS
+        while True:
+            try:
+                return stack.enter_context(self._boxes.uid())
+            except LookupError:
+                if time.monotonic() >= deadline or canceled():
+                    raise
+                time.sleep(0.1)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._observe(stage, time.monotonic() - started)
+
+
+class _Facts:
+    """What the result tells of the sandbox itself, read while its cgroup is there."""
+
+    def __init__(self) -> None:
+        self.ref = f"local:{platform.node()}"
+        self.cpu_ms: int | None = None
+        self.peak_mb: int | None = None
+
+    def read(self, task: Task) -> None:
+        self.cpu_ms = task.cell.cgroup.cpu_ms()
+        self.peak_mb = task.cell.cgroup.peak_mb()
+
+
+def _lives(box: Box) -> bool:
+    try:
+        return not box.abandoned() or box.jail_lives()
+    except FileNotFoundError:
+        return False
+
+
+def _must_be_traversable(paths: Sequence[Path]) -> None:
+    """The outer uid opens these itself, so each folder above them must let others pass. Raises Unavailable naming the folder."""
+    for path in paths:
+        for folder in (path, *path.absolute().parents):
+            if folder.exists() and not folder.stat().st_mode & 0o001:
+                raise Unavailable(f"{folder} is closed to other users (chmod o+x, or choose another place than {path})")

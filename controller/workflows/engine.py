@@ -1,0 +1,72 @@
+"""DBOS as we run it: pinned version, JSON only, no pickle, our two queues, one executor id per process incarnation.
+
+Facts and traps: docs/adr/0002-dbos-as-the-engine.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dbos import DBOS, DBOSPortableJSONSerializer
+from dbos._serialization import DefaultSerializer
+
+from controller.core.errors import Permanent
+from controller.workflows import execute, finish, intent, task
+
+log = logging.getLogger(__name__)
+APPLICATION = "sisu-kodo"
+WORKFLOWS = (intent.run_intent, execute.execute_plan, task.run_task, finish.finish_run)
+
+
+def _refuse_pickle(_self: DefaultSerializer, _serialized: str) -> Any:
+    raise Permanent("a pickled DBOS row was refused: unpickling would run whatever it holds")
+
+
+def launch(
+    *, url: str, executor: str, app_version: str, poll_seconds: float, intent_concurrency: int, sbx_concurrency: int
+) -> None:
+    """Start dequeuing. The lease must be held before this. `url` is an SQLAlchemy URL."""
+    # A row may name its own serializer; the configured one is only a default. With pickle, writing a row is running code.
+    DefaultSerializer.deserialize = _refuse_pickle  # type: ignore[method-assign, assignment]
+    DBOS(
+        config={
+            "name": APPLICATION,
+            "system_database_url": url,
+            "dbos_system_schema": "dbos",
+            "executor_id": executor,
+            "application_version": app_version,
+            "run_migrations": False,
+            "serializer": DBOSPortableJSONSerializer(),
+            "sys_db_pool_size": 20,
+            # worker_concurrency counts only started threads: fewer would claim work that cannot begin.
+            "max_executor_threads": intent_concurrency + sbx_concurrency + 8,
+            "use_listen_notify": True,
+            "db_engine_kwargs": {"pool_pre_ping": False},
+            "enable_otlp": False,
+            "log_level": "WARNING",
+        }
+    )
+    DBOS.listen_queues(["intentQ", "sbxQ"])
+    DBOS.launch()
+    DBOS.register_queue(
+        "intentQ", worker_concurrency=intent_concurrency, polling_interval_sec=poll_seconds, on_conflict="always_update"
+    )
+    DBOS.register_queue(
+        "sbxQ",
+        worker_concurrency=sbx_concurrency,
+        partition_worker_concurrency=max(1, sbx_concurrency // 2),
+        polling_interval_sec=poll_seconds,
+        on_conflict="always_update",
+    )
+    log.info("worker ready", extra={"executor": executor, "app_version": app_version})
+
+
+def recover(executors: list[str]) -> int:
+    """Put the pending workflows of dead executors back on their queues; how many there were."""
+    return len(DBOS._recover_pending_workflows(executors))  # noqa: SLF001 - no public equivalent keeps deadlines and attempts
+
+
+def stop(*, seconds: int) -> None:
+    """Stop dequeuing, wait a little for what runs; what is still running is taken over by a peer or the next start."""
+    DBOS.destroy(workflow_completion_timeout_sec=seconds)

@@ -1,0 +1,104 @@
+"""Staying alive and burying the dead: the executor's lease, the sweeper, and the list of runs being canceled. Three loops, one thread each.
+
+A process that cannot renew its lease for its whole length ends at once: somebody else may already be doing its work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from controller.core.errors import SisuError
+from controller.ports import Clock, LeaseStore, WorkStore
+from controller.workflows import engine
+
+log = logging.getLogger(__name__)
+
+
+class Lease:
+    """Heartbeat of one executor. `fence_off(reason)` must not return."""
+
+    def __init__(
+        self, store: LeaseStore, *, executor: str, ttl: float, clock: Clock, fence_off: Callable[[str], None]
+    ) -> None:
+        self._store, self._executor, self._ttl, self._clock, self._fence_off = store, executor, ttl, clock, fence_off
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def start(self) -> None:
+        """Take the lease, before anything is dequeued."""
+        self._store.beat(self._executor, ttl=self._ttl)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Release it: peers take over within one sweep."""
+        self._stop.set()
+        self._thread.join(2)
+        self._store.release(self._executor)
+
+    def _run(self) -> None:
+        renewed = self._clock.monotonic()
+        while not self._stop.wait(self._ttl / 3):
+            began = self._clock.monotonic()
+            if began - renewed > self._ttl:
+                self._fence_off("the executor lease could not be renewed")
+            try:
+                self._store.beat(self._executor, ttl=self._ttl)
+                renewed = began
+            except SisuError as e:
+                log.warning("lease not renewed", extra={"executor": self._executor, "error": str(e)})
+
+
+class Loop:
+    """Calls `tick` every `seconds` until stopped; an error is logged and the next tick comes anyway."""
+
+    def __init__(self, name: str, tick: Callable[[], None], *, seconds: float) -> None:
+        self._name, self._tick, self._seconds = name, tick, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, at most one tick later."""
+        self._stop.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._tick()
+            except Exception:  # the loop must outlive whatever the database does
+                log.exception("loop failed", extra={"loop": self._name})
+
+
+def sweeper(store: LeaseStore, *, seconds: float) -> Loop:
+    """Recover dead executors' work and repair what ended without an outcome; level-triggered, so it repeats until nothing is left."""
+
+    def tick() -> None:
+        did = store.sweep(
+            lambda dead: log.info("executors recovered", extra={"dead": dead, "workflows": engine.recover(list(dead))})
+        )
+        if any(did.values()):
+            log.warning("repaired", extra=dict(did))
+
+    return Loop("sweeper", tick, seconds=seconds)
+
+
+class CancelWatch:
+    """Which runs are being canceled, asked once for all running tasks."""
+
+    def __init__(self, store: WorkStore, *, seconds: float = 0.5) -> None:
+        self._store = store
+        self._runs: frozenset[str] = frozenset()
+        self.loop = Loop("cancel-watch", self._look, seconds=seconds)
+
+    def runs(self) -> frozenset[str]:
+        """At most `seconds` old."""
+        return self._runs
+
+    def _look(self) -> None:
+        self._runs = self._store.canceling()

@@ -1,0 +1,217 @@
+"""The stable steps before approval: CompileST, ApplyPatchST, DecideST. No side effect beyond the database and the git cache.
+
+Each commits its output in app.run_steps before it returns (run_tracked_step); a repeated step finds its row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from controller.core import digest as digests
+from controller.core.contract import PlanOutput
+from controller.core.errors import InvalidPlan
+from controller.core.model import Artifact, GitSource, Patch
+from controller.core.prompt import PROMPT_VERSION
+from controller.core.work import Context
+from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
+from controller.workflows.parts import Parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """What a step's action returns."""
+
+    output: Mapping[str, Any]
+    artifacts: Sequence[Artifact] = ()
+    commit: str | None = None
+
+
+def run_tracked_step(me: Parts, ctx: Context, step_id: str, action: Callable[[], Tracked]) -> Mapping[str, Any]:
+    """The committed output of this step and plan generation; runs `action` only where there is none yet."""
+    stored = me.store.step(ctx.run_id, step_id, ctx.plan_no)
+    if stored is not None:
+        return stored
+    started = me.clock.monotonic()
+    done = action()
+    kept = me.store.save_step(
+        ctx.run_id, step_id, ctx.plan_no, output=done.output, artifacts=done.artifacts, commit=done.commit
+    )
+    me.observe(f"step:{step_id}", "ok", me.clock.monotonic() - started)
+    return kept
+
+
+def compile_st(me: Parts, ctx: Context) -> str:
+    """Resolve the commit, keep its snapshot, and have OpenCode compile the plan."""
+
+    def action() -> Tracked:
+        source = git_source(ctx)
+        commit = me.workspace.resolve(source)
+        snapshot = me.workspace.snapshot(source, commit)
+        me.store.put_blob(snapshot.archive)
+        compiled = compile_plan(
+            brief(ctx, commit),
+            agent=me.agent,
+            workspace=me.workspace,
+            ledger=me.ledger(ctx),
+            session=session(ctx, "compile"),
+            bounds=Bounds(max_tokens=ctx.settings.max_tokens),
+        )
+        plan = plain(compiled.plan)
+        output = {"commit": commit, "snapshotSha256": snapshot.sha256, "plan": plan, "tokens": compiled.tokens}
+        card = Artifact(name="plan.json", kind="plan_card", content=json.dumps(plan, indent=1).encode())
+        return Tracked(output=output, artifacts=[card], commit=commit)
+
+    return str(run_tracked_step(me, ctx, "CompileST", action)["commit"])
+
+
+def apply_patch_st(me: Parts, ctx: Context) -> str:
+    """Have git make the diff of the plan's edits; ask the model once more when an edit does not apply."""
+    compiled = _output(me, ctx, "CompileST")
+    commit = str(compiled["commit"])
+    plan = PlanOutput.model_validate(compiled["plan"])
+
+    def action() -> Tracked:
+        final, patch = _patched(me, ctx, commit, plan)
+        me.store.put_blob(patch.diff)
+        output = {
+            "patchSha256": patch.sha256,
+            "files": list(patch.files),
+            "additions": patch.additions,
+            "deletions": patch.deletions,
+            "plan": plain(final),
+        }
+        artifacts = [Artifact(name="patch.diff", kind="diff", content=patch.diff)]
+        if final != plan:
+            artifacts.append(
+                Artifact(name="plan.json", kind="plan_card", content=json.dumps(plain(final), indent=1).encode())
+            )
+        return Tracked(output=output, artifacts=artifacts)
+
+    return str(run_tracked_step(me, ctx, "ApplyPatchST", action)["patchSha256"])
+
+
+def _patched(me: Parts, ctx: Context, commit: str, plan: PlanOutput) -> tuple[PlanOutput, Patch]:
+    source = git_source(ctx)
+    try:
+        return plan, me.workspace.diff(source, commit, plan.edits)
+    except InvalidPlan as e:
+        log.info("edits do not apply", extra={"run": ctx.run_id, "error": str(e)})
+        again: Compiled = repair_plan(
+            brief(ctx, commit),
+            failed=plan,
+            error=str(e),
+            agent=me.agent,
+            workspace=me.workspace,
+            ledger=me.ledger(ctx),
+            session=session(ctx, "repair"),
+            bounds=Bounds(max_tokens=ctx.settings.max_tokens),
+        )
+        return again.plan, me.workspace.diff(source, commit, again.plan.edits)
+
+
+def decide_st(me: Parts, ctx: Context) -> str:
+    """Bind everything that will run into one digest, and stop: `plan_not_approved`."""
+    compiled, patched = _output(me, ctx, "CompileST"), _output(me, ctx, "ApplyPatchST")
+
+    def action() -> Tracked:
+        plan = bounded(PlanOutput.model_validate(patched["plan"]), ctx)
+        record = digests.execution_record(
+            goal=ctx.goal,
+            tasks=plan["tasks"],
+            patch_sha256=str(patched["patchSha256"]),
+            execution=execution(me, ctx, compiled),
+        )
+        digest = digests.plan_digest(record)
+        output = {"decision": "plan_not_approved", "digest": digest, "record": record, "plan": plan}
+        return Tracked(output=output)
+
+    decided = run_tracked_step(me, ctx, "DecideST", action)
+    me.store.planned(
+        ctx,
+        plan={**decided["plan"], "patch": {k: patched[k] for k in ("files", "additions", "deletions")}},
+        record=decided["record"],
+        digest=decided["digest"],
+        patch_sha256=str(patched["patchSha256"]),
+        approval_name=digests.approval_name(ctx.intent_name, decided["digest"]),
+    )
+    return str(decided["digest"])
+
+
+def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str, Any]:
+    """`spec.plan.execution` of the PlanApproval: what the tasks run on and within."""
+    s = ctx.settings
+    return {
+        "commit": compiled["commit"],
+        "snapshotSha256": compiled["snapshotSha256"],
+        "inputsSha256": digests.sha256_json(ctx.inputs),
+        "constraintsSha256": digests.sha256_json(ctx.constraints),
+        "template": me.sandboxes.resolve(s.template),
+        "egress": {"mode": s.egress_mode, "allow": list(s.egress_allow)},
+        "limits": {
+            "cpuMillis": s.cpu_millis,
+            "memoryMb": s.memory_mb,
+            "pids": 256,
+            "diskMb": 1024,
+            "parallelism": s.parallelism,
+            "maxSandboxMinutes": s.max_sandbox_minutes,
+            "timeoutSeconds": s.timeout_seconds,
+        },
+        "secrets": [],
+        "policySha256": s.policy_sha256,
+        "compilerVersion": digests.COMPILER_VERSION,
+        "promptVersion": PROMPT_VERSION,
+        "generation": ctx.plan_no,
+    }
+
+
+def bounded(plan: PlanOutput, ctx: Context) -> dict[str, Any]:
+    """The plan as JSON, each task's time cut to the Intent's ceiling. Raises InvalidPlan for what cannot be executed."""
+    value = plain(plan)
+    for task in value["tasks"]:
+        if task["dependsOn"]:
+            raise InvalidPlan(
+                f"tasks[{task['id']}].dependsOn: dependencies between tasks are not supported yet; leave it empty"
+            )
+        task["timeoutSeconds"] = min(task["timeoutSeconds"], ctx.settings.task_timeout_seconds)
+    return value
+
+
+def plain(plan: PlanOutput) -> dict[str, Any]:
+    """camelCase JSON."""
+    return plan.model_dump(mode="json", by_alias=True)
+
+
+def git_source(ctx: Context) -> GitSource | None:
+    """Where the repository is; None for an Intent without one."""
+    return None if ctx.workspace is None else GitSource(url=ctx.workspace["url"], ref=ctx.workspace.get("ref", "HEAD"))
+
+
+def brief(ctx: Context, commit: str) -> Brief:
+    """What the model is asked."""
+    return Brief(
+        goal=ctx.goal,
+        inputs=ctx.inputs,
+        constraints=ctx.constraints,
+        source=git_source(ctx),
+        commit=commit,
+        max_tasks=ctx.settings.max_tasks,
+        feedback=ctx.feedback,
+    )
+
+
+def session(ctx: Context, purpose: str) -> str:
+    """One OpenCode session per run, plan generation and purpose."""
+    return f"{ctx.run_id}:{ctx.plan_no}:{purpose}"
+
+
+def _output(me: Parts, ctx: Context, step_id: str) -> Mapping[str, Any]:
+    stored = me.store.step(ctx.run_id, step_id, ctx.plan_no)
+    if stored is None:
+        raise InvalidPlan(f"{step_id} of plan {ctx.plan_no} has no recorded output")
+    return stored

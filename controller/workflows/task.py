@@ -1,0 +1,150 @@
+"""TaskWF: one slot of a run's window. No DBOS step: the journal is the checkpoint, and every line may run again after a crash.
+
+It carries on with the next task of its run for a short slice, so that a window is not limited by the queue's polling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+
+from dbos import DBOS
+
+from controller.core import junit
+from controller.core.contract import ErrCode, Metrics, SBXRes
+from controller.core.errors import Permanent
+from controller.core.model import Artifact, Owner
+from controller.core.phases import Status
+from controller.core.work import Attempt, Outcome
+from controller.workflows.parts import Parts, parts
+from controller.workflows.stream import ChunkStream
+
+log = logging.getLogger(__name__)
+SLICE_SECONDS = 0.25
+MAX_ATTEMPTS = 3
+BACKOFF_SECONDS = (0.0, 1.0, 3.0)
+
+
+@DBOS.workflow(name="TaskWF", max_recovery_attempts=50)
+def run_task(run_id: str) -> str:
+    """begin; while there is a task: effect, outcome (and perhaps the next task)."""
+    me, workflow = parts(), str(DBOS.workflow_id)
+    attempt: Attempt | None = me.store.begin_attempt(run_id, workflow)
+    hand_over_at = me.clock.monotonic() + SLICE_SECONDS
+    while attempt is not None and attempt.fence is not None:
+        attempt = _one(me, attempt, workflow, hand_over_at)
+    if attempt is not None and not attempt.leased:
+        # Ending normally here would make the workflow SUCCESS and leak its window slot.
+        me.fence_off("executor lease is not live")
+    if attempt is not None and attempt.run_status is Status.CANCELING:
+        for held in me.store.held(workflow):
+            me.sandboxes.kill(_owner(held))
+        me.store.abandon(workflow)
+        me.store.close_canceled(run_id)
+    return "ended"
+
+
+def _owner(attempt: Attempt) -> Owner:
+    return Owner(
+        store_id=parts().store_id,
+        run_id=attempt.run_id,
+        task_key=attempt.task_key,
+        attempt=attempt.attempt,
+        fence=attempt.fence or 0,
+    )
+
+
+def _one(me: Parts, attempt: Attempt, workflow: str, hand_over_at: float) -> Attempt | None:
+    """One attempt and what follows from it."""
+    _kill_superseded(me, attempt)
+    outcome = effect(me, attempt)
+    code = outcome.response.err_code
+    if code is ErrCode.CANCELED:
+        return me.store.begin_attempt(attempt.run_id, workflow)  # begins nothing: the run is canceling
+    if code.retryable and attempt.attempt < MAX_ATTEMPTS:
+        log.warning(
+            "attempt failed", extra={"task_key": attempt.task_key, "attempt": attempt.attempt, "err_code": code.value}
+        )
+        me.clock.sleep(BACKOFF_SECONDS[attempt.attempt - 1])
+        return me.store.begin_attempt(attempt.run_id, workflow)
+    carry = me.clock.monotonic() < hand_over_at
+    following = me.store.record_outcome(attempt, outcome, workflow_id=workflow, carry=carry)
+    if following is None:
+        me.observe("fence_rejected", me.sandboxes.name, 0.0)
+    return following
+
+
+def _kill_superseded(me: Parts, attempt: Attempt) -> None:
+    """The outcome of an earlier attempt is unknown: look it up by its fence and end it before another begins."""
+    for fence, number in attempt.superseded:
+        before = Owner(
+            store_id=me.store_id, run_id=attempt.run_id, task_key=attempt.task_key, attempt=number, fence=fence
+        )
+        killed = me.sandboxes.kill(before)
+        log.warning("attempt superseded", extra={"task_key": attempt.task_key, "attempt": number, "killed": killed})
+
+
+def effect(me: Parts, attempt: Attempt) -> Outcome:
+    """Run the sandbox, or say why it was not run. Never raises for what a task or a provider does."""
+    request = attempt.request
+    assert request is not None  # an attempt with a fence has one
+    if attempt.attempt > MAX_ATTEMPTS:
+        return _unrun(me, attempt, ErrCode.LOST, f"the worker was lost {MAX_ATTEMPTS} times while this task ran")
+    stream = ChunkStream(
+        write=lambda chunks, base: me.store.add_chunks(attempt, chunks, base=base), now=me.clock.monotonic
+    )
+
+    def canceled() -> bool:
+        stream.flush_due()
+        return attempt.run_id in me.canceled_runs() or _late(me, attempt.deadline)
+
+    try:
+        files = {f.sha256: me.store.blob(f.sha256) for f in request.files_in}
+    except Permanent as e:
+        return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
+    started = me.clock.monotonic()
+    response, produced = me.sandboxes.run(
+        request, owner=_owner(attempt), files=files, emit=stream.emit, canceled=canceled
+    )
+    if response.err_code is ErrCode.CANCELED and _late(me, attempt.deadline):
+        response = response.model_copy(
+            update={"err_code": ErrCode.TIMEOUT, "stderr": "the run's timeoutSeconds have passed"}
+        )
+    me.observe("total", response.err_code.value, me.clock.monotonic() - started)
+    return _outcome(me, attempt, response, produced, stream)
+
+
+def _late(me: Parts, deadline: datetime | None) -> bool:
+    return deadline is not None and me.clock.now() >= deadline
+
+
+def _outcome(
+    me: Parts, attempt: Attempt, response: SBXRes, produced: Sequence[Artifact], stream: ChunkStream
+) -> Outcome:
+    chunks, base = stream.close()
+    report = next((junit.summary(a.content) for a in produced if a.kind == "junit"), None)
+    named = [*produced, *stream.artifacts()]
+    return Outcome(
+        response=response.model_copy(update={"task_key": attempt.task_key}),
+        provider=me.sandboxes.name,
+        artifacts=named,
+        chunks=chunks,
+        chunk_base=base,
+        junit=report,
+    )
+
+
+def _unrun(me: Parts, attempt: Attempt, code: ErrCode, why: str) -> Outcome:
+    response = SBXRes(
+        exit=None,
+        stdout="",
+        stderr=why,
+        files_out=(),
+        metrics=Metrics(wall_ms=0),
+        sandbox_ref="",
+        err_code=code,
+        task_key=attempt.task_key,
+    )
+    stream = ChunkStream(write=lambda *_: None, now=me.clock.monotonic)
+    return _outcome(me, attempt, response, (), stream)

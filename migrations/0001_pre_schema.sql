@@ -1,0 +1,277 @@
+-- Schema app: the truth about every Intent, beside DBOS' schema in the same database, so that one transaction spans both.
+CREATE SEQUENCE app.fence_seq;          -- fencing tokens: strictly growing over all tasks and attempts
+
+CREATE TABLE app.store (                -- law 10: which store this is; one row for ever
+  only_row   boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+  id         text NOT NULL DEFAULT gen_random_uuid()::text,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+INSERT INTO app.store DEFAULT VALUES;
+
+CREATE TABLE app.recipes (
+  name text PRIMARY KEY,
+  queue_name text NOT NULL CHECK (queue_name = 'intentQ'),
+  spec jsonb NOT NULL DEFAULT '{}'
+);
+INSERT INTO app.recipes (name, queue_name) VALUES ('sandbox-default', 'intentQ');
+
+CREATE TABLE app.intents (              -- what was asked, as it was when it started
+  id           text PRIMARY KEY,        -- metadata.uid
+  namespace    text NOT NULL,
+  name         text NOT NULL,
+  goal         text NOT NULL,
+  payload      jsonb NOT NULL,          -- {inputs, constraints}
+  spec         jsonb NOT NULL,
+  requested_by text NOT NULL,
+  created_at   timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE TABLE app.runs (
+  id              text PRIMARY KEY,
+  intent_id       text NOT NULL UNIQUE REFERENCES app.intents,
+  workflow_id     text NOT NULL UNIQUE,                 -- = intent_id (law 1)
+  status          text NOT NULL CHECK (status IN ('queued','running','waiting_input','canceling','repairing','succeeded',
+                    'failed','retries_exceeded','canceled','rejected','expired')),
+  stage           text NOT NULL DEFAULT 'plan' CHECK (stage IN ('plan','approve','execute','finish')),
+  last_step       text,
+  reason          text,                                 -- closed list: controller/core/status.py
+  error           text,                                 -- bounded, for people
+  next_action     text,
+  settings        jsonb NOT NULL,                       -- controller.core.settings.Settings
+  plan_no         int NOT NULL DEFAULT 1,               -- n of <uid>:plan:<n>; 1 runs as <uid>
+  execution_no    int NOT NULL DEFAULT 0,               -- n of <uid>:execute:<n>
+  retry_count     int NOT NULL DEFAULT 0,               -- spec.retry that was carried out last
+  feedback        text,                                 -- why the former plan failed, told to the next one
+  commit_id       text,
+  plan            jsonb,                                -- PlanOutput
+  record          jsonb,                                -- the execution record that the digest is of
+  digest          text,
+  patch_sha256    text,
+  approval_name   text,
+  approval_uid    text,                                 -- votes count only on the object with this UID
+  approval_deadline timestamptz,
+  total           int NOT NULL DEFAULT 0,               -- tasks of the current execution; > 0 once ExecutePlanWF has committed
+  result          jsonb,
+  tokens          bigint NOT NULL DEFAULT 0,
+  dispatches      int NOT NULL DEFAULT 0,               -- repairs of coordinators
+  closed          int NOT NULL DEFAULT 0,               -- how often an execution was closed: execution_no at the end, or a bug
+  created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+  waiting_at      timestamptz,
+  started_at      timestamptz,
+  deadline_at     timestamptz,
+  finished_at     timestamptz,
+  updated_at      timestamptz NOT NULL DEFAULT clock_timestamp()
+) WITH (fillfactor = 70);               -- no task counters: tasks of one run must not queue up on its row
+CREATE INDEX runs_open ON app.runs (status) WHERE status NOT IN ('succeeded','canceled');
+
+CREATE TABLE app.run_steps (
+  run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL, attempt int NOT NULL,
+  phase text NOT NULL, output jsonb NOT NULL,
+  started_at timestamptz NOT NULL, finished_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (run_id, step_id, attempt)
+);
+
+CREATE TABLE app.opencode_calls (       -- ledger v2: one row per logical model call; failures are kept, never served
+  op_key text PRIMARY KEY,
+  run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL, attempt int NOT NULL, seq int NOT NULL,
+  agent text NOT NULL, session text, schema_hash text NOT NULL, prompt text NOT NULL,
+  request jsonb NOT NULL, response jsonb, structured jsonb, raw_text text, tool_calls jsonb, timings jsonb, tokens jsonb,
+  err_code text, error text,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX opencode_calls_run ON app.opencode_calls (run_id, seq);
+
+CREATE TABLE app.plan_approvals (       -- append-only: who decided what, on which bytes
+  run_id text NOT NULL REFERENCES app.runs, digest text NOT NULL, approver text NOT NULL,
+  verdict text NOT NULL CHECK (verdict IN ('Approve','Reject')), reason text,
+  approval_name text NOT NULL, approval_uid text NOT NULL,
+  consumed_by text NOT NULL,            -- the workflow that this decision started, or `reject`
+  recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (run_id, digest, approver)
+);
+
+CREATE TABLE app.sbx_runs (             -- one row per task
+  run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL DEFAULT 'ExecuteST', task_key text NOT NULL,
+  task_id text NOT NULL, idx int NOT NULL, generation int NOT NULL,
+  status text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued','running','succeeded','failed')),
+  workflow_id text,                     -- the TaskWF that holds the window slot; NULL = waiting for a slot
+  dispatches int NOT NULL DEFAULT 0,    -- > 1 only after a repair
+  attempt int NOT NULL DEFAULT 0,
+  fence bigint,                         -- fence of the live attempt: the only authority for accepting an outcome
+  provider text, request jsonb NOT NULL, response jsonb, err_code text, metrics jsonb, junit jsonb,
+  outcomes int NOT NULL DEFAULT 0,      -- effective (fence-accepted) outcomes: one per execution that ran it
+  started_at timestamptz, finished_at timestamptz,
+  PRIMARY KEY (run_id, step_id, task_key)
+) WITH (fillfactor = 70);
+CREATE UNIQUE INDEX sbx_runs_order ON app.sbx_runs (run_id, generation, idx);
+CREATE INDEX sbx_runs_waiting ON app.sbx_runs (run_id, idx) WHERE status = 'queued' AND workflow_id IS NULL;
+CREATE INDEX sbx_runs_holding ON app.sbx_runs (workflow_id) WHERE status IN ('queued','running') AND workflow_id IS NOT NULL;
+CREATE INDEX sbx_runs_key ON app.sbx_runs (task_key);
+
+CREATE TABLE app.sbx_attempts (         -- law 9: one row per intention to create a sandbox, written before the call
+  fence bigint PRIMARY KEY,             -- travels as owner metadata of the sandbox
+  run_id text NOT NULL, task_key text NOT NULL, attempt int NOT NULL,
+  state text NOT NULL CHECK (state IN ('created','done','unknown')),
+  executor text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp(), ended_at timestamptz,
+  UNIQUE (task_key, attempt)
+) WITH (fillfactor = 70);
+
+CREATE TABLE app.mock_receipts (        -- the oracle of the source documents: seen_count > 1 is an effect that counted twice
+  receipt_key text PRIMARY KEY, run_id text NOT NULL, seen_count int NOT NULL DEFAULT 1,
+  first_attempt int NOT NULL, last_attempt int NOT NULL
+);
+
+CREATE TABLE app.blobs (
+  sha256 text PRIMARY KEY, size bigint NOT NULL, content bytea NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+ALTER TABLE app.blobs ALTER COLUMN content SET STORAGE EXTERNAL;   -- sliced reads; archives are already dense
+
+CREATE TABLE app.artifacts (
+  run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL, task_key text NOT NULL DEFAULT '', attempt int NOT NULL,
+  name text NOT NULL, kind text NOT NULL, sha256 text NOT NULL REFERENCES app.blobs, size bigint NOT NULL, uri text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (run_id, step_id, task_key, attempt, name)
+);
+
+CREATE TABLE app.chunks (               -- stream sbx:<taskKey>
+  task_key text NOT NULL, attempt int NOT NULL, seq int NOT NULL,
+  kind text NOT NULL CHECK (kind IN ('stdout','stderr','stream_closed')), data bytea NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (task_key, attempt, seq)
+);
+
+CREATE TABLE app.executor_leases (executor_id text PRIMARY KEY, expires_at timestamptz NOT NULL);
+
+-- Every status that a run ever had, in commit order of its row: evidence for tests and for people.
+CREATE TABLE app.run_transitions (
+  id bigserial PRIMARY KEY, run_id text NOT NULL, status text NOT NULL, stage text NOT NULL, reason text,
+  at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE FUNCTION app.log_transition() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_OP = 'INSERT' OR OLD.status IS DISTINCT FROM NEW.status OR OLD.stage IS DISTINCT FROM NEW.stage THEN
+    INSERT INTO app.run_transitions (run_id, status, stage, reason) VALUES (NEW.id, NEW.status, NEW.stage, NEW.reason);
+  END IF;
+  PERFORM pg_notify('sisukodo_runs', NEW.intent_id);
+  RETURN NULL;
+END $$;
+CREATE TRIGGER run_transition AFTER INSERT OR UPDATE ON app.runs FOR EACH ROW EXECUTE FUNCTION app.log_transition();
+
+CREATE FUNCTION app.touch() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN NEW.updated_at := clock_timestamp(); RETURN NEW; END $$;
+CREATE TRIGGER run_touch BEFORE UPDATE ON app.runs FOR EACH ROW EXECUTE FUNCTION app.touch();
+
+CREATE TYPE app.workflow_name AS ENUM ('RunIntentWF', 'ExecutePlanWF', 'TaskWF', 'FinishWF');
+
+-- The one way to enqueue. DBOS keeps the first inputs of an id without a word, so they are compared here.
+CREATE FUNCTION app.enqueue(p_workflow app.workflow_name, p_id text, p_arg text, p_version text,
+                            p_partition text DEFAULT NULL, p_priority int DEFAULT 0) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE v_name text; v_inputs jsonb;
+BEGIN
+  PERFORM dbos.enqueue_workflow(
+    workflow_name => p_workflow::text, queue_name => CASE p_workflow WHEN 'TaskWF' THEN 'sbxQ' ELSE 'intentQ' END,
+    workflow_id => p_id, positional_args => ARRAY[to_json(p_arg)], queue_partition_key => p_partition,
+    priority => 1000000 - p_priority,   -- DBOS runs the lowest number first
+    app_version => p_version, application_name => 'sisu-kodo');
+  SELECT w.name, w.inputs::jsonb INTO v_name, v_inputs FROM dbos.workflow_status w WHERE w.workflow_uuid = p_id;
+  IF v_name <> p_workflow::text OR v_inputs->'positionalArgs' <> jsonb_build_array(p_arg) THEN
+    RAISE EXCEPTION 'workflow % exists as %(%)', p_id, v_name, v_inputs->'positionalArgs' USING ERRCODE = 'unique_violation';
+  END IF;
+  RETURN p_id;
+END $$;
+
+-- The outcome of one attempt and what follows from it: one transaction, one round trip (reference/fanout.md).
+-- plpgsql, because each statement inside takes a new snapshot: "lock, then look" is not expressible in a single SQL statement.
+--   1 fence check + result          2 take the next waiting task: SKIP LOCKED, so finishers of one run do not wait for each other
+--   3 only when none waits (at most `window` times per run): lock the run row, look again, close by compare-and-set.
+-- No row back: fenced off, nothing was changed. p_carry: the caller goes on with the next task itself, its attempt is begun here.
+CREATE FUNCTION app.record_outcome(
+  p_run_id text, p_task_key text, p_fence bigint, p_status text, p_err_code text, p_provider text, p_response jsonb, p_metrics jsonb,
+  p_junit jsonb, p_artifacts jsonb, p_shas text[], p_blobs bytea[], p_chunk_kinds text[], p_chunk_data bytea[], p_chunk_base int,
+  p_workflow_id text, p_executor text, p_carry boolean, p_version text)
+RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_fence bigint, next_request jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE v_run app.runs; v_task app.sbx_runs; v_next app.sbx_runs; v_priority int; v_partition text;
+BEGIN
+  UPDATE app.sbx_runs t SET status = p_status, err_code = p_err_code, provider = p_provider, response = p_response,
+         metrics = p_metrics, junit = p_junit, outcomes = t.outcomes + 1, finished_at = clock_timestamp()
+   WHERE t.run_id = p_run_id AND t.task_key = p_task_key AND t.fence = p_fence AND t.status = 'running' RETURNING * INTO v_task;
+  IF NOT FOUND THEN RETURN; END IF;
+
+  UPDATE app.sbx_attempts a SET state = CASE WHEN a.fence = p_fence THEN 'done' ELSE 'unknown' END, ended_at = clock_timestamp()
+   WHERE a.task_key = p_task_key AND a.state = 'created';
+  INSERT INTO app.blobs (sha256, size, content) SELECT s, length(b), b FROM unnest(p_shas, p_blobs) AS x(s, b) ON CONFLICT DO NOTHING;
+  INSERT INTO app.artifacts (run_id, step_id, task_key, attempt, name, kind, sha256, size, uri)
+    SELECT p_run_id, 'ExecuteST', p_task_key, v_task.attempt, a.name, a.kind, a.sha256, a.size, a.uri
+      FROM jsonb_to_recordset(p_artifacts) AS a(name text, kind text, sha256 text, size bigint, uri text) ON CONFLICT DO NOTHING;
+  INSERT INTO app.chunks (task_key, attempt, seq, kind, data)
+    SELECT p_task_key, v_task.attempt, p_chunk_base + n - 1, k, d
+      FROM unnest(p_chunk_kinds, p_chunk_data) WITH ORDINALITY AS c(k, d, n) ON CONFLICT DO NOTHING;
+
+  -- KEY SHARE does not block other finishers; a canceler that closes the run (FOR UPDATE) waits for us, because we may begin an attempt.
+  SELECT * INTO v_run FROM app.runs r WHERE r.id = p_run_id FOR KEY SHARE;
+  INSERT INTO app.mock_receipts AS m (receipt_key, run_id, first_attempt, last_attempt)
+    VALUES (p_task_key || ':' || v_run.execution_no, p_run_id, v_task.attempt, v_task.attempt)
+    ON CONFLICT (receipt_key) DO UPDATE SET seen_count = m.seen_count + 1, last_attempt = excluded.last_attempt;
+
+  IF v_run.status = 'running' AND v_run.stage = 'execute' THEN
+    v_priority := (v_run.settings->>'priority')::int; v_partition := v_run.settings->>'partition';
+    UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1,
+           workflow_id = CASE WHEN p_carry THEN p_workflow_id ELSE v_run.intent_id || ':task:' || v_run.execution_no || ':' || t.task_key END,
+           status = CASE WHEN p_carry THEN 'running' ELSE 'queued' END,
+           attempt = t.attempt + p_carry::int,
+           fence = CASE WHEN p_carry THEN nextval('app.fence_seq') ELSE t.fence END,
+           started_at = CASE WHEN p_carry THEN clock_timestamp() ELSE t.started_at END
+     WHERE t.run_id = p_run_id AND t.task_key = (
+             SELECT q.task_key FROM app.sbx_runs q WHERE q.run_id = p_run_id AND q.status = 'queued' AND q.workflow_id IS NULL
+              ORDER BY q.idx LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING * INTO v_next;
+    IF FOUND AND p_carry THEN
+      INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
+      VALUES (v_next.fence, p_run_id, v_next.task_key, v_next.attempt, 'created', p_executor);
+      RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.fence, v_next.request;
+      RETURN;
+    ELSIF FOUND THEN
+      PERFORM app.enqueue('TaskWF', v_next.workflow_id, p_run_id, p_version, v_partition, v_priority);
+    ELSE
+      -- NO KEY UPDATE, not UPDATE: finishers hold KEY SHARE already, and an upgrade to UPDATE would deadlock two of them.
+      PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
+      UPDATE app.runs r SET stage = 'finish' WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute'
+         AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = p_run_id AND t.status IN ('queued','running'));
+      IF FOUND THEN
+        PERFORM app.enqueue('FinishWF', v_run.intent_id || ':finish:' || v_run.execution_no, p_run_id, p_version, NULL, v_priority);
+      END IF;
+    END IF;
+  END IF;
+  RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::bigint, NULL::jsonb;
+END $$;
+
+-- Roles that a deployment's logins are members of. The controller decides, the worker executes: only the controller may
+-- record a decision. Creating roles needs CREATEROLE; where the migrating login lacks it, an administrator creates them first.
+DO $$
+DECLARE r text;
+BEGIN
+  FOREACH r IN ARRAY ARRAY['sisukodo_controller', 'sisukodo_worker'] LOOP
+    IF NOT EXISTS (SELECT 1 FROM pg_roles WHERE rolname = r) THEN
+      BEGIN
+        EXECUTE format('CREATE ROLE %I NOLOGIN', r);
+      EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;  -- another database of this cluster migrates at the same time
+      END;
+    END IF;
+    EXECUTE format('GRANT USAGE ON SCHEMA app, dbos TO %I', r);
+    EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA app TO %I', r);
+    EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA app TO %I', r);
+    EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA app, dbos TO %I', r);
+    EXECUTE format('GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA dbos TO %I', r);
+    EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA dbos TO %I', r);
+    EXECUTE format('GRANT INSERT, UPDATE ON app.runs, app.run_transitions, app.executor_leases TO %I', r);
+  END LOOP;
+END $$;
+GRANT INSERT, UPDATE ON app.intents, app.plan_approvals TO sisukodo_controller;
+GRANT INSERT, UPDATE ON app.run_steps, app.opencode_calls, app.sbx_runs, app.sbx_attempts, app.mock_receipts, app.blobs, app.artifacts, app.chunks
+  TO sisukodo_worker;
+GRANT UPDATE ON app.sbx_runs TO sisukodo_controller;       -- a cancel takes queued tasks off
+GRANT DELETE ON ALL TABLES IN SCHEMA dbos TO sisukodo_worker;
+GRANT DELETE ON app.executor_leases TO sisukodo_worker;

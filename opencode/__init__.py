@@ -1,0 +1,1 @@
+"""The pinned OpenCode daemon, its configuration, a scripted model, and the recorded turns. Development and tests only."""

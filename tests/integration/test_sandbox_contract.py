@@ -1,0 +1,335 @@
+"""One contract for every SandboxProvider. Commands stay in the small language that the mock shares with a real shell.
+
+A new provider adds one entry to PROVIDERS. What only a real sandbox can show is in test_sandbox_<provider>.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.core.contract import Egress, ErrCode, FileIn, Limits, SBXReq, SBXRes
+from controller.core.errors import InvalidIntent
+from controller.core.model import Artifact, Chunk, Owner
+from controller.ports import SandboxProvider
+from controller.sbx.local import LocalProvider
+from controller.sbx.mock import MockProvider
+
+STORE = "store-1"
+FENCES = count(1)
+OUTPUT_LIMIT = 100_000
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """Everything that one run gave back."""
+
+    res: SBXRes
+    artifacts: Sequence[Artifact]
+    chunks: list[Chunk]
+    seconds: float
+
+    def text(self, kind: str) -> str:
+        return b"".join(chunk.data for chunk in self.chunks if chunk.kind == kind).decode(errors="replace")
+
+
+@dataclass(kw_only=True)
+class Kit:
+    """A provider and short ways to use it."""
+
+    provider: SandboxProvider
+    start_log: Path
+    template: str = "base"
+    real: bool = True
+    live: list[Chunk] = field(default_factory=list)
+
+    def request(self, cmd: str, **changes: Any) -> SBXReq:
+        values: dict[str, Any] = {
+            "intent_id": "i",
+            "run_id": "r",
+            "step_id": "ExecuteST",
+            "task_id": "t",
+            "generation": 1,
+        }
+        values |= {"env_ref": self.provider.resolve(self.template), "cmd": cmd, "files_in": (), "env": {}}
+        values |= {"workdir": "/workspace", "timeout_ms": 20_000, "limits": Limits(), "egress": Egress()}
+        return SBXReq(**(values | changes))
+
+    def owner(self, *, attempt: int = 1, store: str = STORE) -> Owner:
+        return Owner(store_id=store, run_id="r", task_key="k" * 64, attempt=attempt, fence=next(FENCES))
+
+    def run(
+        self,
+        cmd: str,
+        *,
+        owner: Owner | None = None,
+        files: Mapping[str, bytes] | None = None,
+        canceled: Callable[[], bool] = lambda: False,
+        **changes: Any,
+    ) -> Outcome:
+        chunks: list[Chunk] = []
+        started = time.monotonic()
+        res, artifacts = self.provider.run(
+            self.request(cmd, **changes),
+            owner=owner or self.owner(),
+            files=files or {},
+            emit=lambda chunk: (chunks.append(chunk), self.live.append(chunk))[0],  # type: ignore[func-returns-value]
+            canceled=canceled,
+        )
+        return Outcome(res=res, artifacts=artifacts, chunks=chunks, seconds=time.monotonic() - started)
+
+    def begin(self, cmd: str, **options: Any) -> Callable[[], Outcome]:
+        """Runs in another thread; the answer waits for its outcome."""
+        found: list[Outcome] = []
+        thread = threading.Thread(target=lambda: found.append(self.run(cmd, **options)))
+        thread.start()
+
+        def join() -> Outcome:
+            thread.join(30)
+            assert found, "the run did not end"
+            return found[0]
+
+        return join
+
+
+def eventually(check: Callable[[], Any], *, seconds: float = 5.0) -> Any:
+    """The first true answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := check()):
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.01)
+    return answer
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A tar of regular files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def upload(*parts: tuple[str, bytes]) -> dict[str, Any]:
+    """files_in and files for run()."""
+    hashed = [(kind, hashlib.sha256(content).hexdigest(), content) for kind, content in parts]
+    names = tuple(FileIn(kind=kind, sha256=sha) for kind, sha, _ in hashed)  # type: ignore[arg-type]
+    return {"files_in": names, "files": {sha: content for _, sha, content in hashed}}
+
+
+def open_directory() -> Path:
+    """pytest's own tmp_path is closed to other users; the outer uid of a sandbox must be able to pass."""
+    path = Path(tempfile.mkdtemp(prefix="sisu-kodo-test-"))
+    path.chmod(0o711)
+    return path
+
+
+@pytest.fixture(params=["mock", "local"])
+def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    root = open_directory()
+    start_log = root / "starts"
+    try:
+        if request.param == "mock":
+            yield Kit(
+                provider=MockProvider(start_log=start_log, output_limit=OUTPUT_LIMIT), start_log=start_log, real=False
+            )
+        else:
+            local = LocalProvider(
+                state_root=root / "state", start_log=start_log, output_limit=OUTPUT_LIMIT, grace_seconds=0.5
+            )
+            yield Kit(provider=local, start_log=start_log)
+            local.close()
+            assert list((root / "state" / "boxes").iterdir()) == []
+    finally:
+        subprocess.run(["rm", "-rf", str(root)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("cmd", "status", "code"),
+    [
+        ("true", 0, ErrCode.NONE),
+        ("false", 1, ErrCode.CMD_NONZERO),
+        ("exit 7", 7, ErrCode.CMD_NONZERO),
+        ("false && echo never; echo on", 0, ErrCode.NONE),
+        ("true && false", 1, ErrCode.CMD_NONZERO),
+        ("exit 3\necho never", 3, ErrCode.CMD_NONZERO),
+        ("exit 137", 137, ErrCode.CMD_NONZERO),
+    ],
+)
+def test_exit_codes(kit: Kit, cmd: str, status: int, code: ErrCode) -> None:
+    out = kit.run(cmd)
+    assert (out.res.exit, out.res.err_code) == (status, code)
+    assert "never" not in out.res.stdout
+    assert out.res.task_key == "k" * 64
+    assert out.res.sandbox_ref.startswith(f"{kit.provider.name}:")
+
+
+def test_streams_arrive_in_order_and_apart(kit: Kit) -> None:
+    out = kit.run("echo one; echo a >&2; echo 'two  three'; echo b >&2")
+    assert out.text("stdout") == out.res.stdout == "one\ntwo  three\n"
+    assert out.text("stderr") == out.res.stderr == "a\nb\n"
+
+
+def test_output_is_there_before_the_end(kit: Kit) -> None:
+    join = kit.begin("echo early; sleep 0.5; echo late")
+    eventually(lambda: any(b"early" in chunk.data for chunk in kit.live), seconds=0.45)
+    assert join().text("stdout") == "early\nlate\n"
+
+
+def test_a_timeout_ends_the_task(kit: Kit) -> None:
+    out = kit.run("echo before; sleep 30; echo after", timeout_ms=300)
+    assert out.res.err_code is ErrCode.TIMEOUT
+    assert out.res.exit is None
+    assert out.res.stdout == "before\n"
+    assert 0.25 < out.seconds < 5
+    assert out.res.metrics.wall_ms >= 250
+
+
+def test_cancel_ends_the_task(kit: Kit) -> None:
+    flag = threading.Event()
+    join = kit.begin("echo before; sleep 30", canceled=flag.is_set)
+    eventually(lambda: kit.live)
+    flag.set()
+    out = join()
+    assert (out.res.err_code, out.res.exit) == (ErrCode.CANCELED, None)
+    assert out.seconds < 5
+    assert kit.provider.owned(STORE) == []
+
+
+def test_the_environment_is_passed(kit: Kit) -> None:
+    value = "a b 'c' \"d\" $e äö"
+    assert kit.run('echo "$GREETING"', env={"GREETING": value}).res.stdout == f"{value}\n"
+
+
+def test_limits_are_accepted(kit: Kit) -> None:
+    limits = Limits(cpu_millis=500, memory_mb=128, pids=64, disk_mb=64)
+    assert kit.run("echo fine", limits=limits).res.err_code is ErrCode.NONE
+
+
+def test_templates_resolve_to_a_fixed_reference(kit: Kit) -> None:
+    assert kit.provider.resolve("base") == kit.provider.resolve("base")
+    with pytest.raises(InvalidIntent, match=r"spec\.sandbox\.template: 'cobol' is unknown here; there is: base"):
+        kit.provider.resolve("cobol")
+
+
+def test_another_reference_than_resolved_starts_nothing(kit: Kit) -> None:
+    out = kit.run("echo never", env_ref="local:base@sha256:" + "0" * 64)
+    assert out.res.err_code is ErrCode.BOOT_FAIL
+    assert not kit.start_log.exists()
+
+
+def test_kill_by_fence_while_running(kit: Kit) -> None:
+    owner = kit.owner()
+    join = kit.begin("echo before; sleep 30", owner=owner)
+    eventually(lambda: kit.live)
+    assert kit.provider.owned(STORE) == [owner]
+    assert kit.provider.owned("another store") == []
+    assert kit.provider.kill(kit.owner()) == 0, "another fence is none of its business"
+    assert kit.provider.kill(owner) == 1
+    out = join()
+    assert (out.res.err_code, out.res.exit) == (ErrCode.LOST, None)
+    assert out.seconds < 5
+    assert kit.provider.owned(STORE) == []
+    assert kit.provider.kill(owner) == 0
+
+
+def test_a_retry_with_another_fence_is_independent(kit: Kit) -> None:
+    first, second = kit.owner(attempt=1), kit.owner(attempt=2)
+    slow = kit.begin("echo first; sleep 30", owner=first)
+    eventually(lambda: kit.live)
+    other = kit.begin("sleep 0.5; echo second", owner=second)
+    eventually(lambda: len(kit.provider.owned(STORE)) == 2)
+    assert kit.provider.kill(first) == 1
+    assert slow().res.err_code is ErrCode.LOST
+    assert other().res.stdout == "second\n"
+    starts = sorted(line.split()[1:] for line in kit.start_log.read_text().splitlines())
+    assert starts == [["1", str(first.fence)], ["2", str(second.fence)]]
+
+
+def test_every_start_of_a_command_is_logged_once(kit: Kit) -> None:
+    owner = kit.owner(attempt=3)
+    kit.run("exit 1", owner=owner)
+    assert kit.start_log.read_text() == f"{owner.task_key} 3 {owner.fence}\n"
+
+
+def test_archive_and_patch_reach_the_task(kit: Kit) -> None:
+    diff = b"--- a/greeting\n+++ b/greeting\n@@ -1 +1 @@\n-hello\n+goodbye\n"
+    parts = upload(("patch", diff), ("archive", archive({"greeting": b"hello\n"})))
+    out = kit.run("cat greeting", **parts)
+    assert out.res.err_code is ErrCode.NONE, out.res.stderr
+    if kit.real:
+        assert out.res.stdout == "goodbye\n"
+
+
+def test_bytes_that_do_not_match_their_hash_are_refused(kit: Kit) -> None:
+    parts = upload(("archive", archive({"a": b"a"})))
+    (sha,) = parts["files"]
+    for files in ({sha: b"other bytes"}, {}):
+        out = kit.run("echo never", files_in=parts["files_in"], files=files)
+        assert out.res.err_code is ErrCode.UPLOAD_FAIL
+        assert sha in out.res.stderr
+    assert not kit.start_log.exists()
+
+
+def test_output_files_become_artifacts(kit: Kit) -> None:
+    out = kit.run('echo "<testsuite/>" > "$SISU_OUTPUT_DIR/junit.xml"; echo x > "$SISU_OUTPUT_DIR/a.txt"; exit 1')
+    assert out.res.err_code is ErrCode.CMD_NONZERO
+    assert [(a.name, a.kind, a.content) for a in out.artifacts] == [
+        ("a.txt", "file", b"x\n"),
+        ("junit.xml", "junit", b"<testsuite/>\n"),
+    ]
+    assert [(f.path, f.sha256) for f in out.res.files_out] == [
+        (a.name, hashlib.sha256(a.content).hexdigest()) for a in out.artifacts
+    ]
+
+
+def test_big_output_is_cut_with_a_mark(kit: Kit) -> None:
+    big = kit.run('echo "$BIG"; echo "$BIG"; echo "$BIG"; echo end >&2', env={"BIG": "y" * 60_000})
+    mark = f"\n[sisu-kodo: output cut at {OUTPUT_LIMIT} bytes]\n"
+    assert len(big.text("stdout")) == OUTPUT_LIMIT + len(mark)
+    assert big.text("stdout").endswith(mark) and big.text("stdout").count(mark) == 1
+    assert len(big.res.stdout.encode()) == 16_384 and big.res.stdout.endswith(mark)
+    assert big.res.stderr == "end\n", "one stream's cut leaves the other alone"
+
+
+def test_output_that_is_not_text_can_be_stored(kit: Kit) -> None:
+    out = kit.run('echo "$ODD"', env={"ODD": "a\u202eb"})
+    assert "\x00" not in out.res.stdout
+    out.res.stdout.encode()
+
+
+@pytest.mark.parametrize(
+    "cmd",
+    [
+        "true; false",
+        "false && true; echo 'a  b' c",
+        "echo; echo -n x; true",
+        'echo "a b"   c && exit 300',
+        "sleep 0.01 && echo done",
+        "echo a; ; echo b",
+        "false\nfalse && echo x\n",
+        " true ;\n echo x ; ",
+    ],
+)
+def test_the_mock_agrees_with_a_shell_or_says_that_it_does_not_know(cmd: str, tmp_path: Path) -> None:
+    mock = Kit(provider=MockProvider(), start_log=tmp_path / "starts")
+    out = mock.run(cmd).res
+    if out.stdout == f"{cmd}\n":
+        return
+    real = subprocess.run(["/bin/sh", "-c", cmd], capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert (out.exit, out.stdout) == (real.returncode, real.stdout)

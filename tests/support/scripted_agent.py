@@ -1,0 +1,63 @@
+"""AgentServer and TurnLedger in memory: answers from a list, and a ledger that remembers what went through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.core.digest import sha256_json
+from controller.core.errors import FixtureMissing
+from controller.core.model import TurnReply, TurnRequest
+
+
+@dataclass(kw_only=True)
+class ScriptedAgent:
+    """Gives `answers` in order: structured values, or exceptions to raise. Keeps the requests."""
+
+    answers: Sequence[Any]
+    tokens: int = 10
+    requests: list[TurnRequest] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    mode: str = "replay"
+
+    def turn(self, request: TurnRequest) -> TurnReply:
+        self.requests.append(request)
+        if len(self.requests) > len(self.answers):
+            raise FixtureMissing(f"the script has {len(self.answers)} answers only")
+        answer = self.answers[len(self.requests) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return TurnReply(
+            session=request.session,
+            structured=answer,
+            raw_text="",
+            tool_calls=(),
+            tokens_in=self.tokens,
+            tokens_out=0,
+            timings={},
+        )
+
+    def end_session(self, session: str) -> None:
+        self.ended.append(session)
+
+
+@dataclass(kw_only=True)
+class MemoryLedger:
+    """TurnLedger over a dictionary."""
+
+    replies: dict[str, TurnReply] = field(default_factory=dict)
+    failures: list[tuple[TurnRequest, Exception]] = field(default_factory=list)
+
+    def get(self, request: TurnRequest) -> TurnReply | None:
+        return self.replies.get(_key(request))
+
+    def put(self, request: TurnRequest, reply: TurnReply) -> None:
+        self.replies[_key(request)] = reply
+
+    def failed(self, request: TurnRequest, error: Exception) -> None:
+        self.failures.append((request, error))
+
+
+def _key(request: TurnRequest) -> str:
+    return sha256_json([request.session, request.agent, request.prompt, request.commit, list(request.history)])
