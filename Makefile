@@ -15,7 +15,7 @@ setup: ## install everything that demo and test need (they do it themselves, too
 
 .PHONY: demo
 demo: setup ## the main job, end to end, on a real API server; YES=1 approves without asking
-	@$(RUN) python -m demo
+	@$(RUN) python -m devcluster.demo
 
 .PHONY: test
 test: setup ## every test that fits into 12 minutes
@@ -43,19 +43,19 @@ full: setup ## everything, the slow lanes included
 
 .PHONY: bench
 bench: setup ## measure latency, throughput and fan-out beside the machine's own limits
-	@$(RUN) python -m bench
+	@$(RUN) python -m devcluster.bench
 
 .PHONY: up
 up: setup ## a development cluster, PostgreSQL and the controller, in the background
-	@$(RUN) python -m demo.stack up
+	@$(RUN) python -m devcluster up
 
 .PHONY: down
 down: ## stop exactly what `make up` started
-	@$(RUN) python -m demo.stack down
+	@$(RUN) python -m devcluster down
 
 .PHONY: start
 start: ## the controller in the foreground, against `make up CONTROLLER=0`'s cluster and database
-	@$(RUN) python -m demo.stack start
+	@$(RUN) python -m devcluster start
 
 .PHONY: record
 record: setup ## record OpenCode turns again: real daemon, scripted model (opencode/scenarios)

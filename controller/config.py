@@ -60,6 +60,9 @@ class Settings(BaseModel):
         3002, alias="ADMIN_PORT", ge=0, le=65535, description="health and metrics; 0 takes a free port"
     )
     admin_host: str = Field("0.0.0.0", alias="ADMIN_HOST")  # a pod's probes and scrapes come from outside its loopback
+    admin_port_file: Path | None = Field(
+        None, alias="ADMIN_PORT_FILE", description="where to write the port that was taken"
+    )
     policy_file: Path = Field(alias="POLICY_FILE", description="the namespace policy of the release (policy.yaml)")
     kubeconfig: Path | None = Field(
         None, alias="KUBECONFIG", description="outside a cluster; in one, the service account is used"

@@ -349,6 +349,8 @@ def run(settings: Settings, *, role: str, adapters: Adapters | None = None) -> i
         controller = Controller(settings, pool, clock)
     admin = _admin(settings, controller, pool)
     admin.start()
+    if settings.admin_port_file is not None:
+        settings.admin_port_file.write_text(f"{admin.port}\n")
     log.info("started", extra={"role": role, "admin_port": admin.port})
     try:
         if controller is not None:

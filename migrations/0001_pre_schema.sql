@@ -51,6 +51,7 @@ CREATE TABLE app.runs (
   approval_uid    text,                                 -- votes count only on the object with this UID
   approval_deadline timestamptz,
   total           int NOT NULL DEFAULT 0,               -- tasks of the current execution; > 0 once ExecutePlanWF has committed
+  depends         boolean NOT NULL DEFAULT false,       -- some task waits for another one
   result          jsonb,
   tokens          bigint NOT NULL DEFAULT 0,
   dispatches      int NOT NULL DEFAULT 0,               -- repairs of coordinators
@@ -93,6 +94,7 @@ CREATE TABLE app.plan_approvals (       -- append-only: who decided what, on whi
 CREATE TABLE app.sbx_runs (             -- one row per task
   run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL DEFAULT 'ExecuteST', task_key text NOT NULL,
   task_id text NOT NULL, idx int NOT NULL, generation int NOT NULL,
+  depends text[] NOT NULL DEFAULT '{}', -- task ids that must succeed first
   status text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued','running','succeeded','failed')),
   workflow_id text,                     -- the TaskWF that holds the window slot; NULL = waiting for a slot
   dispatches int NOT NULL DEFAULT 0,    -- > 1 only after a repair
@@ -182,6 +184,44 @@ BEGIN
   RETURN p_id;
 END $$;
 
+-- May this task begin? All that it depends on has succeeded.
+CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS $$
+  SELECT t.depends = '{}' OR NOT EXISTS (
+    SELECT 1 FROM app.sbx_runs d WHERE d.run_id = t.run_id AND d.generation = t.generation AND d.task_id = ANY (t.depends) AND d.status <> 'succeeded')
+$$;
+
+-- Fills the window of an executing run; how many TaskWF were enqueued. The caller has locked the run's row.
+CREATE FUNCTION app.top_up(p_run_id text, p_version text) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE v_n int;
+BEGIN
+  WITH run AS (
+    SELECT r.id, r.intent_id, r.execution_no, r.settings, greatest(0, (r.settings->>'parallelism')::int - (
+        SELECT count(*) FROM app.sbx_runs t WHERE t.run_id = r.id AND t.status IN ('queued','running') AND t.workflow_id IS NOT NULL)) AS room
+    FROM app.runs r WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute'
+  ), picked AS (
+    SELECT q.task_key FROM run CROSS JOIN LATERAL (
+      SELECT t.task_key FROM app.sbx_runs t WHERE t.run_id = run.id AND t.status = 'queued' AND t.workflow_id IS NULL AND app.ready(t)
+      ORDER BY t.idx LIMIT run.room FOR UPDATE SKIP LOCKED) q
+  ), next AS (
+    UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1, workflow_id = run.intent_id || ':task:' || run.execution_no || ':' || t.task_key
+    FROM picked, run WHERE t.run_id = run.id AND t.task_key = picked.task_key RETURNING t.workflow_id, t.idx
+  )
+  SELECT count(app.enqueue('TaskWF', n.workflow_id, run.id, p_version, run.settings->>'partition', (run.settings->>'priority')::int))
+    INTO v_n FROM (SELECT * FROM next ORDER BY idx) n, run;
+  RETURN v_n;
+END $$;
+
+-- Tasks that wait for a failed one, directly or through others, will never run.
+CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_task_id text) RETURNS void LANGUAGE sql AS $$
+  WITH RECURSIVE lost(task_id) AS (
+    SELECT p_task_id
+    UNION
+    SELECT t.task_id FROM app.sbx_runs t JOIN lost ON lost.task_id = ANY (t.depends)
+     WHERE t.run_id = p_run_id AND t.generation = p_generation)
+  UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
+   FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.task_id = lost.task_id AND t.status = 'queued'
+$$;
+
 -- The outcome of one attempt and what follows from it: one transaction, one round trip (reference/fanout.md).
 -- plpgsql, because each statement inside takes a new snapshot: "lock, then look" is not expressible in a single SQL statement.
 --   1 fence check + result          2 take the next waiting task: SKIP LOCKED, so finishers of one run do not wait for each other
@@ -217,6 +257,11 @@ BEGIN
     ON CONFLICT (receipt_key) DO UPDATE SET seen_count = m.seen_count + 1, last_attempt = excluded.last_attempt;
 
   IF v_run.status = 'running' AND v_run.stage = 'execute' THEN
+    IF v_run.depends THEN
+      -- Two finishers may together make a task ready that neither sees alone: they take turns.
+      PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
+      IF p_status = 'failed' THEN PERFORM app.skip_dependents(p_run_id, v_task.generation, v_task.task_id); END IF;
+    END IF;
     v_priority := (v_run.settings->>'priority')::int; v_partition := v_run.settings->>'partition';
     UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1,
            workflow_id = CASE WHEN p_carry THEN p_workflow_id ELSE v_run.intent_id || ':task:' || v_run.execution_no || ':' || t.task_key END,
@@ -225,16 +270,18 @@ BEGIN
            fence = CASE WHEN p_carry THEN nextval('app.fence_seq') ELSE t.fence END,
            started_at = CASE WHEN p_carry THEN clock_timestamp() ELSE t.started_at END
      WHERE t.run_id = p_run_id AND t.task_key = (
-             SELECT q.task_key FROM app.sbx_runs q WHERE q.run_id = p_run_id AND q.status = 'queued' AND q.workflow_id IS NULL
+             SELECT q.task_key FROM app.sbx_runs q WHERE q.run_id = p_run_id AND q.status = 'queued' AND q.workflow_id IS NULL AND app.ready(q)
               ORDER BY q.idx LIMIT 1 FOR UPDATE SKIP LOCKED)
     RETURNING * INTO v_next;
     IF FOUND AND p_carry THEN
       INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
       VALUES (v_next.fence, p_run_id, v_next.task_key, v_next.attempt, 'created', p_executor);
+      IF v_run.depends THEN PERFORM app.top_up(p_run_id, p_version); END IF;
       RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.fence, v_next.request;
       RETURN;
     ELSIF FOUND THEN
       PERFORM app.enqueue('TaskWF', v_next.workflow_id, p_run_id, p_version, v_partition, v_priority);
+      IF v_run.depends THEN PERFORM app.top_up(p_run_id, p_version); END IF;
     ELSE
       -- NO KEY UPDATE, not UPDATE: finishers hold KEY SHARE already, and an upgrade to UPDATE would deadlock two of them.
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;

@@ -105,6 +105,7 @@ class ErrCode(StrEnum):
     DOWNLOAD_FAIL = "DOWNLOAD_FAIL"
     LOST = "LOST"
     CANCELED = "CANCELED"
+    SKIPPED = "SKIPPED"  # a task that it depends on failed
 
     @property
     def retryable(self) -> bool:

@@ -38,13 +38,23 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """One approved task and what will be asked of its sandbox. `depends_on` are task ids that must succeed first."""
+
+    task_id: str
+    task_key: str
+    request: SBXReq
+    depends_on: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Execution:
-    """All tasks of one approved plan, in order: (task id, task key, request)."""
+    """All tasks of one approved plan, in order."""
 
     run_id: str
     execution_no: int
     generation: int
-    tasks: Sequence[tuple[str, str, SBXReq]]
+    tasks: Sequence[Task]
 
 
 @dataclass(frozen=True, kw_only=True)

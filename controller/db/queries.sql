@@ -83,7 +83,7 @@ UPDATE app.runs r SET status = 'canceled', finished_at = clock_timestamp(), clos
 
 -- name: reopen_plan
 UPDATE app.runs SET status = %(target)s, stage = %(stage)s, plan_no = plan_no + 1, retry_count = %(count)s, total = 0,
-       feedback = left(coalesce(reason || ': ' || error, reason, ''), 4096),
+       feedback = %(feedback)s,
        reason = NULL, error = NULL, next_action = NULL, finished_at = NULL, digest = NULL, record = NULL, plan = NULL, result = NULL,
        approval_name = NULL, approval_uid = NULL, approval_deadline = NULL
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND retry_count < %(count)s
@@ -182,31 +182,19 @@ SELECT count(DISTINCT approver) AS n FROM app.plan_approvals
  WHERE run_id = %(run_id)s AND digest = %(digest)s AND verdict = 'Approve' AND consumed_by <> 'reject'
 
 -- name: insert_tasks
-INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request)
-SELECT %(run_id)s, k, t, n - 1, %(generation)s, q
-  FROM unnest(%(keys)s::text[], %(ids)s::text[], %(requests)s::jsonb[]) WITH ORDINALITY AS x(k, t, q, n)
+INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, depends)
+SELECT %(run_id)s, k, t, n - 1, %(generation)s, q, ARRAY(SELECT jsonb_array_elements_text(d))
+  FROM unnest(%(keys)s::text[], %(ids)s::text[], %(requests)s::jsonb[], %(depends)s::jsonb[]) WITH ORDINALITY AS x(k, t, q, d, n)
 ON CONFLICT DO NOTHING
 
 -- name: count_tasks
-UPDATE app.runs SET total = (SELECT count(*) FROM app.sbx_runs t WHERE t.run_id = %(run_id)s AND t.generation = plan_no)
+UPDATE app.runs SET total = (SELECT count(*) FROM app.sbx_runs t WHERE t.run_id = %(run_id)s AND t.generation = plan_no),
+       depends = EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = %(run_id)s AND t.generation = plan_no AND t.depends <> '{}')
  WHERE id = %(run_id)s AND status = 'running' AND stage = 'execute'
 
 -- name: top_up
 -- Fills the window. Run it after a statement that locked the run's row, so that its snapshot sees every committed outcome.
-WITH run AS (
-  SELECT r.id, r.intent_id, r.execution_no, r.settings, greatest(0, (r.settings->>'parallelism')::int - (
-      SELECT count(*) FROM app.sbx_runs t WHERE t.run_id = r.id AND t.status IN ('queued','running') AND t.workflow_id IS NOT NULL)) AS room
-  FROM app.runs r WHERE r.id = %(run_id)s AND r.status = 'running' AND r.stage = 'execute'
-), picked AS (
-  SELECT q.task_key FROM run CROSS JOIN LATERAL (
-    SELECT task_key FROM app.sbx_runs WHERE run_id = run.id AND status = 'queued' AND workflow_id IS NULL
-    ORDER BY idx LIMIT run.room FOR UPDATE SKIP LOCKED) q
-), next AS (
-  UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1, workflow_id = run.intent_id || ':task:' || run.execution_no || ':' || t.task_key
-  FROM picked, run WHERE t.run_id = run.id AND t.task_key = picked.task_key RETURNING t.workflow_id, t.idx
-)
-SELECT count(app.enqueue('TaskWF', next.workflow_id, run.id, %(version)s, run.settings->>'partition', (run.settings->>'priority')::int)) AS enqueued
-  FROM (SELECT * FROM next ORDER BY idx) next, run
+SELECT app.top_up(%(run_id)s, %(version)s) AS enqueued
 
 -- name: close_empty
 -- An execution whose tasks had all ended before (a retry that found nothing to do) goes straight to FinishWF.

@@ -9,6 +9,7 @@ import psycopg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
+from controller.core import feedback
 from controller.core.contract import ErrCode
 from controller.core.digest import run_id as derive_run_id
 from controller.core.phases import TRANSITIONS, Event, Stage, Status, retry_event
@@ -17,7 +18,7 @@ from controller.core.settings import Settings
 from controller.db.blobs import read_blob
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
 
-INFRASTRUCTURE = [code.value for code in ErrCode if code.retryable]
+INFRASTRUCTURE = [code.value for code in ErrCode if code.retryable or code is ErrCode.SKIPPED]
 
 
 def sources(event: Event) -> list[str]:
@@ -146,7 +147,7 @@ class PgRunStore:
         def body(c: psycopg.Connection[DictRow]) -> bool:
             params = {"run_id": run.run_id, "count": count, **move_params(event)}
             if event is Event.RETRY:
-                row = c.execute(SQL["reopen_plan"], params).fetchone()
+                row = c.execute(SQL["reopen_plan"], {**params, "feedback": feedback.of_run(run)}).fetchone()
                 if row is not None:
                     uid = row["intent_id"]
                     self._enqueue(c, "RunIntentWF", f"{uid}:plan:{row['plan_no']}", uid, row["priority"])

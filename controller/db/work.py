@@ -140,9 +140,12 @@ class PgWorkStore:
         return transaction(self._pool, body)
 
     def begin_execution(self, execution: Execution) -> bool:
-        keys = [key for _, key, _ in execution.tasks]
-        ids = [task_id for task_id, _, _ in execution.tasks]
-        requests = [canonical(req.model_dump(mode="json", by_alias=True)).decode() for _, _, req in execution.tasks]
+        columns = {
+            "keys": [t.task_key for t in execution.tasks],
+            "ids": [t.task_id for t in execution.tasks],
+            "requests": [canonical(t.request.model_dump(mode="json", by_alias=True)).decode() for t in execution.tasks],
+            "depends": [canonical(list(t.depends_on)).decode() for t in execution.tasks],
+        }
 
         def body(c: psycopg.Connection[DictRow]) -> bool:
             p = {"run_id": execution.run_id, "generation": execution.generation, "version": self._version}
@@ -153,7 +156,7 @@ class PgWorkStore:
                 or run["execution_no"] != execution.execution_no
             ):
                 return False
-            c.execute(SQL["insert_tasks"], {**p, "keys": keys, "ids": ids, "requests": requests})
+            c.execute(SQL["insert_tasks"], {**p, **columns})
             c.execute(SQL["count_tasks"], p)
             c.execute(SQL["top_up"], p)
             c.execute(SQL["close_empty"], p)

@@ -74,6 +74,8 @@ Positive = Annotated[int, Field(ge=1)]
 Hex64 = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")]
 Name253 = Annotated[str, Field(min_length=1, max_length=253)]
 Line = Annotated[str, Field(max_length=1024)]
+# Ten times what the model may write: hidden characters are shown as `<U+202E>`.
+ShownLine = Annotated[str, Field(max_length=10_240)]
 FreeJson = Annotated[dict[str, Any], Field(max_length=256)]
 Host = Annotated[
     str, Field(min_length=1, max_length=260), _like(HOST, "use host or host:port, for example pypi.org or pypi.org:443")
@@ -389,11 +391,11 @@ class ApprovedPlan(SpecPart):
 
     digest: Annotated[str, Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$")]
     goal: Annotated[str, Field(min_length=1, max_length=8192)]
-    summary: Annotated[str, Field(max_length=4096)]
-    design: Annotated[tuple[Line, ...], Field(max_length=25)] = ()
-    files: Annotated[tuple[Line, ...], Field(max_length=30)] = ()
-    risks: Annotated[tuple[Line, ...], Field(max_length=15)] = ()
-    tests: Annotated[tuple[Line, ...], Field(max_length=100)] = ()
+    summary: Annotated[str, Field(max_length=40_960)]
+    design: Annotated[tuple[ShownLine, ...], Field(max_length=25)] = ()
+    files: Annotated[tuple[ShownLine, ...], Field(max_length=30)] = ()
+    risks: Annotated[tuple[ShownLine, ...], Field(max_length=15)] = ()
+    tests: Annotated[tuple[ShownLine, ...], Field(max_length=100)] = ()
     task_count: Annotated[int, Field(ge=0, le=10_000)]
     tasks: Annotated[tuple[ApprovedTask, ...], Field(max_length=1000)] = ()
     tasks_ref: PartRef | None = None

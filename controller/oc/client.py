@@ -35,6 +35,10 @@ class OpenCodeClient:
         """Close the connections."""
         self._http.close()
 
+    def version(self) -> str:
+        """The daemon's version, such as 1.18.33."""
+        return str(self._call("GET", "/global/health")["version"])
+
     def create_session(self, *, title: str, agent: str) -> str:
         """A new session's id. A title spares the daemon a model call that would make one up."""
         return str(self._call("POST", "/session", json={"title": title, "agent": agent})["id"])

@@ -11,7 +11,7 @@ from controller.core.contract import Egress, FileIn, Limits, SBXReq
 from controller.core.errors import DigestMismatch, Permanent
 from controller.core.phases import Stage, Status
 from controller.core.taskkey import task_key
-from controller.core.work import Context, Execution
+from controller.core.work import Context, Execution, Task
 from controller.workflows.parts import Parts, generation, parts
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def verify(me: Parts, ctx: Context) -> None:
         raise DigestMismatch(f"sandbox template is now {resolved}, approved was {execution['template']}; plan again")
 
 
-def requests(ctx: Context) -> list[tuple[str, str, SBXReq]]:
+def requests(ctx: Context) -> list[Task]:
     """One SBXReq per approved task, in plan order, from the approved record alone."""
     assert ctx.record is not None  # verify() has seen it
     record, execution = ctx.record, ctx.record["execution"]
@@ -84,5 +84,7 @@ def requests(ctx: Context) -> list[tuple[str, str, SBXReq]]:
             ),
             egress=Egress(mode=execution["egress"]["mode"], allow=tuple(execution["egress"]["allow"])),
         )
-        tasks.append((task["id"], task_key(request), request))
+        tasks.append(
+            Task(task_id=task["id"], task_key=task_key(request), request=request, depends_on=task["dependsOn"])
+        )
     return tasks

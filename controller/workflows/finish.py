@@ -43,7 +43,8 @@ def verdict(results: Sequence[TaskResult]) -> tuple[Event, str, str | None]:
     failed = [r for r in results if r.status != "succeeded"]
     if not failed:
         return Event.SUCCEED, "Succeeded", None
-    red = [r for r in failed if r.err_code is None or not r.err_code.retryable]
+    ran = [r for r in failed if r.err_code is not ErrCode.SKIPPED]
+    red = [r for r in ran if r.err_code is None or not r.err_code.retryable]
     first = (red or failed)[0]
     code = first.err_code.value if first.err_code else ErrCode.LOST.value
     error = f"{len(failed)} of {len(results)} tasks failed; first: {first.task_id} ({code})"

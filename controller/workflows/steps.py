@@ -171,13 +171,9 @@ def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str,
 
 
 def bounded(plan: PlanOutput, ctx: Context) -> dict[str, Any]:
-    """The plan as JSON, each task's time cut to the Intent's ceiling. Raises InvalidPlan for what cannot be executed."""
+    """The plan as JSON, each task's time cut to the Intent's ceiling."""
     value = plain(plan)
     for task in value["tasks"]:
-        if task["dependsOn"]:
-            raise InvalidPlan(
-                f"tasks[{task['id']}].dependsOn: dependencies between tasks are not supported yet; leave it empty"
-            )
         task["timeoutSeconds"] = min(task["timeoutSeconds"], ctx.settings.task_timeout_seconds)
     return value
 

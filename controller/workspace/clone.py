@@ -83,6 +83,11 @@ class Clones:
         objects.run(["hash-object", "-w", "-t", "tree", os.devnull])
         return objects.commit_tree(EMPTY_TREE)
 
+    def born(self, source: GitSource | None) -> tuple[str, int]:
+        """Names the clone as it is on disk now: another one after the cache was wiped."""
+        directory = self.directory(source)
+        return str(directory), (directory / "ready").stat().st_mtime_ns
+
     def objects(self, source: GitSource | None) -> Objects:
         """The clone's content."""
         return Objects(self._git, self.directory(source), limits=self._limits)

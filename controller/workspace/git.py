@@ -35,6 +35,7 @@ CONFIG: Mapping[str, str] = {
     "http.lowSpeedTime": "30",
     "core.hooksPath": os.devnull,
     "core.fsmonitor": "false",
+    "core.quotePath": "false",  # people read the patch; control characters in paths are refused elsewhere
     "core.packedGitWindowSize": "32m",
     "core.packedGitLimit": "256m",
     "gc.auto": "0",
@@ -113,9 +114,7 @@ class Git:
             pass_fds=() if keep_open is None else (keep_open,),
         )
         try:
-            if memory_bytes is not None and hasattr(resource, "prlimit"):
-                with contextlib.suppress(ProcessLookupError):
-                    resource.prlimit(child.pid, resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+            _limit_memory(child, memory_bytes)
             out, err, cut = _Pump(child, stdin=stdin, max_output=max_output, watch=watch).run(
                 until=time.monotonic() + seconds
             )
@@ -210,6 +209,13 @@ class _Pump:
         if not self._left:
             self._selector.unregister(sink)
             sink.close()
+
+
+def _limit_memory(child: subprocess.Popen[bytes], most: int | None) -> None:
+    """Cap the address space (Linux). From outside, because Python code between fork and exec is not safe with threads."""
+    if most is not None and hasattr(resource, "prlimit"):
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(child.pid, resource.RLIMIT_AS, (most, most))
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

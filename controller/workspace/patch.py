@@ -19,14 +19,27 @@ from controller.workspace.edits import Content
 from controller.workspace.limits import Limits
 from controller.workspace.objects import Objects
 
+STAT_BYTES = 256 * 1024  # at most 200 edits, each with a path of at most 1 KiB
 NO_OBJECT = "0" * 40
 DIFF = ("diff-tree", "-r", "--no-renames", "--no-ext-diff", "--no-textconv")
-AS_PATCH = ("-p", "--text", "--full-index", "--no-color", "--unified=3", "--src-prefix=a/", "--dst-prefix=b/")
+AS_PATCH = (
+    "--numstat",
+    "-p",
+    "-z",
+    "--text",
+    "--full-index",
+    "--no-color",
+    "--unified=3",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
 EXACT = ("--diff-algorithm=myers", "--indent-heuristic", "--inter-hunk-context=0")
 
 
 def diff(objects: Objects, commit: str, edits: Sequence[Edit], *, limits: Limits) -> Patch:
     """Raises InvalidPlan naming the edit that breaks a rule; an empty patch when nothing changes."""
+    if not edits:
+        return _patch(b"", b"")
     entries = {entry.path: entry for entry in objects.listing(commit)}
     changed = rules.apply(
         edits,
@@ -39,12 +52,14 @@ def diff(objects: Objects, commit: str, edits: Sequence[Edit], *, limits: Limits
         objects.run(["read-tree", commit], env={"GIT_INDEX_FILE": str(new)})
         shutil.copyfile(new, proof)
         after = _write_tree(objects, new, changed)
-        patch = objects.run([*DIFF, *AS_PATCH, *EXACT, commit, after], max_output=limits.patch_bytes + 1, may_cut=True)
-        if len(patch) > limits.patch_bytes:
+        most = limits.patch_bytes + STAT_BYTES
+        out = objects.run([*DIFF, *AS_PATCH, *EXACT, commit, after], max_output=most, may_cut=True)
+        numstat, _, patch = out.partition(b"\0\0")
+        if len(patch) > limits.patch_bytes or len(out) == most:
             raise InvalidPlan(f"the edits make a patch of more than {limits.patch_bytes} bytes")
         if patch:
             _prove(objects, proof, patch, after)
-    return _patch(patch, objects.run([*DIFF, "--numstat", "-z", commit, after]))
+    return _patch(patch, numstat)
 
 
 def _write_tree(objects: Objects, index: Path, changed: Mapping[str, Content]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from controller.core.contract import Edit
@@ -15,7 +16,10 @@ from controller.workspace.git import Git
 from controller.workspace.limits import Limits
 from controller.workspace.objects import Objects
 from controller.workspace.patch import diff
+from controller.workspace.recent import Recent
 from controller.workspace.snapshot import snapshot
+
+KNOWN, SNAPSHOTS, SMALL_SNAPSHOT = 4096, 32, 1024 * 1024
 
 
 class GitWorkspace:
@@ -36,12 +40,14 @@ class GitWorkspace:
         self._loopback = allow_loopback_http
         home = root / "home"
         home.mkdir(parents=True, exist_ok=True)
+        self._known = Recent[str](size=KNOWN)
+        self._snapshots = Recent[Snapshot](size=SNAPSHOTS)
         self._clones = Clones(root, git=Git(home, environ=environ), limits=self._limits)
 
     def resolve(self, source: GitSource | None) -> str:
         """See ports.Workspace. A ref that is a full commit id is not asked for again once it is here."""
         if source is None:
-            return self._clones.empty_commit()
+            return self._known.get((*self._clones.born(None), "empty"), self._clones.empty_commit)
         sources.check(source, allow_loopback_http=self._loopback)
         if sources.COMMIT.fullmatch(source.ref):
             return self._at(source, source.ref, ask_ref=False)[1]
@@ -50,7 +56,9 @@ class GitWorkspace:
     def snapshot(self, source: GitSource | None, commit: str) -> Snapshot:
         """See ports.Workspace."""
         objects, commit = self._at(source, commit)
-        return snapshot(objects, commit, limits=self._limits)
+        key = (*self._clones.born(source), commit)
+        make = partial(snapshot, objects, commit, limits=self._limits)
+        return self._snapshots.get(key, make, keep=lambda made: made.size <= SMALL_SNAPSHOT)
 
     def map(self, source: GitSource | None, commit: str, *, max_bytes: int) -> str:
         """See ports.Workspace."""
@@ -75,13 +83,16 @@ class GitWorkspace:
         if source is not None:
             sources.check(source, allow_loopback_http=self._loopback)
         objects = self._clones.objects(source)
-        commit = objects.commit_of(oid)
-        if commit is None:
-            self._get(source, oid, ask_ref=ask_ref)
-            commit = objects.commit_of(oid)
-        if commit is None:
-            raise Unavailable(f"the source's ref has moved away from {oid}, which its server does not give any more")
-        return objects, commit
+        key = (*self._clones.born(source), oid)
+        return objects, self._known.get(key, lambda: self._found(source, oid, objects, ask_ref=ask_ref))
+
+    def _found(self, source: GitSource | None, oid: str, objects: Objects, *, ask_ref: bool) -> str:
+        if (commit := objects.commit_of(oid)) is not None:
+            return commit
+        self._get(source, oid, ask_ref=ask_ref)
+        if (commit := objects.commit_of(oid)) is not None:
+            return commit
+        raise Unavailable(f"the source's ref has moved away from {oid}, which its server does not give any more")
 
     def _get(self, source: GitSource | None, oid: str, *, ask_ref: bool) -> None:
         if source is None:

@@ -128,7 +128,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
 def upload(*parts: tuple[str, bytes]) -> dict[str, Any]:
     """files_in and files for run()."""
     hashed = [(kind, hashlib.sha256(content).hexdigest(), content) for kind, content in parts]
-    names = tuple(FileIn(kind=kind, sha256=sha) for kind, sha, _ in hashed)  # type: ignore[arg-type]
+    names = tuple(FileIn(kind=kind, sha256=sha) for kind, sha, _ in hashed)
     return {"files_in": names, "files": {sha: content for _, sha, content in hashed}}
 
 

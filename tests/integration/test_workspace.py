@@ -260,7 +260,7 @@ def test_a_commit_is_fetched_again_into_another_cache(tmp_path: Path, workspace:
 
 
 @pytest.mark.parametrize(
-    "ref", ["--upload-pack=touch /tmp/x", "-x", "a b", "a..b", "a:b", "main^", "@", "@{1}", "x.lock", "", "a\nb", "*"]
+    "ref", ["--upload-pack=touch x", "-x", "a b", "a..b", "a:b", "main^", "@", "@{1}", "x.lock", "", "a\nb", "*"]
 )
 def test_refs_are_never_options_or_expressions(workspace: GitWorkspace, demo: GitSource, ref: str) -> None:
     with pytest.raises(WorkspaceRefused, match=r"workspace\.git\.ref"):
@@ -321,13 +321,11 @@ def test_the_token_opens_its_own_clone_only_and_is_never_told(tmp_path: Path, re
         commit = workspace.resolve(good)
         for token in (None, "wrong"):
             bad = GitSource(url=good.url, ref="main", token=token)
-            for attempt in (
-                lambda bad=bad: workspace.resolve(bad),
-                lambda bad=bad: workspace.map(bad, commit, max_bytes=99),
-            ):
-                with pytest.raises(WorkspaceRefused) as error:
-                    attempt()
-                assert "s3cret" not in str(error.value)
+            with pytest.raises(WorkspaceRefused) as one:
+                workspace.resolve(bad)
+            with pytest.raises(WorkspaceRefused) as other:
+                workspace.map(bad, commit, max_bytes=99)
+            assert "s3cret" not in f"{one.value} {other.value}"
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"s3cret" not in kept and b"czNjcmV0" not in kept
 
@@ -532,24 +530,24 @@ def test_edits_over_their_caps_are_refused(tmp_path: Path, demo: GitSource) -> N
 
 
 @pytest.mark.parametrize(
-    ("pattern", "text"),
+    ("pattern", "text", "seconds", "error"),
     [
-        (r"^(a*)(a*)(a*)(a*)\4\3\2\1b$", "a" * 3000),  # steep in time
-        (r"((((x{1,250}){1,250}){1,250}){1,250}){1,250}", "x"),  # exponential in memory
+        (r"^(a*)(a*)(a*)(a*)\4\3\2\1b$", "a" * 3000, 1.0, "took too long"),
+        (r"((((x{1,250}){1,250}){1,250}){1,250}){1,250}", "x", 60.0, "cannot be searched"),  # asks for all memory
     ],
 )
 def test_a_hostile_expression_is_bounded(
-    tmp_path: Path, server: GitServer, evil: Path, pattern: str, text: str
+    tmp_path: Path, server: GitServer, evil: Path, pattern: str, text: str, seconds: float, error: str
 ) -> None:
     branch(evil, "redos", {"t.txt": ("100644", blob(evil, text.encode() + b"\n"))})
-    limits = Limits(search_seconds=1.0, search_memory_bytes=256 * 1024 * 1024)
+    limits = Limits(search_seconds=seconds, search_memory_bytes=256 * 1024 * 1024)
     workspace = GitWorkspace(tmp_path, allow_loopback_http=True, limits=limits)
     source = source_of(server, "redos")
     commit = workspace.resolve(source)
     started = time.monotonic()
-    with pytest.raises(WorkspaceRefused):
+    with pytest.raises(WorkspaceRefused, match=error):
         workspace.search(source, commit, pattern, max_bytes=1000)
-    assert time.monotonic() - started < 20  # bounded at all; the cap is 1 s
+    assert time.monotonic() - started < 30  # bounded at all
 
 
 def test_an_intent_without_a_repository(workspace: GitWorkspace) -> None:
@@ -564,12 +562,14 @@ def test_an_intent_without_a_repository(workspace: GitWorkspace) -> None:
 
 def test_the_patch_applies_to_the_unpacked_snapshot(tmp_path: Path, workspace: GitWorkspace, demo: GitSource) -> None:
     commit = workspace.resolve(demo)
-    patch = workspace.diff(
-        demo, commit, edits(replace("src/a.py", "two = 2", "two = 22"), write("new/x.txt", "no line end"))
-    )
+    new = {"new/x.txt": "no line end", "a b.txt": "b\n", 'q"uo\\te.txt': "q\n", "ö.txt": "ö\n", "empty.txt": ""}
+    changes = [replace("src/a.py", "two = 2", "two = 22"), replace("src/ünï.txt", "grüße", "ça")]
+    patch = workspace.diff(demo, commit, edits(*changes, *[write(path, text) for path, text in new.items()]))
+    assert set(patch.files) == {"src/a.py", "src/ünï.txt", *new}
+    assert "+++ b/src/ünï.txt" in patch.diff.decode()
     with tarfile.open(fileobj=io.BytesIO(workspace.snapshot(demo, commit).archive)) as tar:
         tar.extractall(tmp_path, filter="data")
     environ = {"PATH": os.environ["PATH"], "HOME": "/dev/null", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     subprocess.run(["git", "apply", "-"], input=patch.diff, cwd=tmp_path, env=environ, check=True)
     assert (tmp_path / "src/a.py").read_text() == "one = 1\ntwo = 22\nagain = 1\n"
-    assert (tmp_path / "new/x.txt").read_text() == "no line end"
+    assert {path: (tmp_path / path).read_text() for path in new} == new

@@ -51,12 +51,7 @@ def problems(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], pat
     if kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
         yield f"{path} is not of type {schema['type']}"
         return
-    if "enum" in schema and value not in schema["enum"]:
-        yield f"{path} is none of {schema['enum']}"
-    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
-        yield f"{path} does not match {schema['pattern']}"
-    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        yield f"{path} is out of bounds"
+    yield from _scalar_problems(value, schema, path)
     if isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
             yield f"{path} has too few items"
@@ -64,6 +59,15 @@ def problems(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], pat
             yield from problems(one, schema.get("items", {}), root, f"{path}[{i}]")
     if isinstance(value, dict):
         yield from _object_problems(value, schema, root, path)
+
+
+def _scalar_problems(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{path} is none of {schema['enum']}"
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        yield f"{path} does not match {schema['pattern']}"
+    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        yield f"{path} is out of bounds"
 
 
 def _object_problems(value: Object, schema: Mapping[str, Any], root: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -1,0 +1,233 @@
+"""Everything that the product runs on, plus the product: control plane, PostgreSQL, chart, people, migrations, git server, controller.
+
+Tests, the demo and the bench use it as children that end with them; `make up` detaches it. One state directory holds it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from devcluster.cluster import ControlPlane
+from devcluster.errors import DevclusterError
+from devcluster.install import apply_chart, apply_people
+from devcluster.postgres import Postgres
+from devcluster.processes import Child, spawn, tail
+from devcluster.sandbox_python import toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICY = "sisu-kodo-policy"
+ENFORCED_SECONDS = 30.0
+
+
+@dataclass
+class Controller:
+    """One `python -m controller run`. `admin` is the base URL of its health and metrics."""
+
+    child: Child
+    log: Path
+    admin: str
+
+    def ready(self) -> bool:
+        """/readyz says 200."""
+        return self.get("/readyz")[0] == 200
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of one admin request; status 0 when nothing answers."""
+        try:
+            with urllib.request.urlopen(self.admin + path, timeout=3) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as e:
+            return e.code, e.read().decode()
+        except OSError as e:
+            return 0, str(e)
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine that loses power would."""
+        self.child.stop()
+
+    def stop(self) -> float:
+        """SIGTERM; how many seconds it took."""
+        began = time.monotonic()
+        self.child.stop((signal.SIGTERM, 10.0))
+        return time.monotonic() - began
+
+
+@dataclass
+class Stack:
+    """`with Stack(state) as stack:`. `policy` replaces the chart's namespace policy, `database_url` our own PostgreSQL."""
+
+    state: Path
+    detach: bool = False
+    fsync: bool = True
+    policy: Mapping[str, object] | None = None
+    sets: tuple[str, ...] = ()
+    database_url: str = ""
+    cluster: ControlPlane = field(init=False)
+    postgres: Postgres | None = field(init=False, default=None)
+    database: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.cluster = ControlPlane(self.state, detach=self.detach)
+
+    def __enter__(self) -> Stack:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Bring up everything but the controller."""
+        if not self.cluster.running:
+            self.cluster.start()
+        self.database = self.database_url
+        if not self.database:
+            self.postgres = Postgres(self.state, fsync=self.fsync, detach=self.detach)
+            if not self.postgres.running:
+                self.postgres.start()
+            self.database = self.postgres.dsn
+        apply_chart(self.cluster, sets=self.sets)
+        apply_people(self.cluster)
+        self.migrate(self.database)
+        self.write_policy()
+        self.wait_enforced()
+
+    def stop(self) -> None:
+        """End it all; nothing is left running."""
+        self.cluster.stop()
+        if self.postgres is not None:
+            self.postgres.stop()
+
+    def kubectl(
+        self, *args: str, user: str = "admin", stdin: str | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """kubectl as admin, alice, bob, carol or controller."""
+        return self.cluster.kubectl(*args, identity=user, stdin=stdin, check=check)
+
+    def kubeconfig(self, name: str) -> Path:
+        """Path of somebody's kubeconfig."""
+        return self.cluster.kubeconfig(name)
+
+    def migrate(self, database: str) -> None:
+        """`python -m controller migrate`."""
+        done = subprocess.run(
+            [sys.executable, "-m", "controller", "migrate", "--database-url", database],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise DevclusterError(f"migrate failed: {done.stderr.strip()}")
+
+    def write_policy(self) -> Path:
+        """The namespace policy as the chart's ConfigMap has it, where the controller's pod would have it mounted."""
+        path = self.state / "policy.yaml"
+        if self.policy is not None:
+            path.write_text(yaml.safe_dump(dict(self.policy)))
+            return path
+        got = self.kubectl("get", "configmap", POLICY, "-n", "sisu-kodo-system", "-o", "json")
+        path.write_text(json.loads(got.stdout)["data"]["policy.yaml"])
+        return path
+
+    def wait_enforced(self) -> None:
+        """Until admission works: policies, and the API server's own map of our kinds, take some seconds after they are applied.
+
+        A forged Intent must be denied (validating policy), and one without requestedBy admitted (mutating policy).
+        """
+        intent = {
+            "apiVersion": "sisukodo.dev/v1alpha1",
+            "kind": "Intent",
+            "metadata": {"name": "probe", "namespace": "default"},
+        }
+        honest = {**intent, "spec": {"goal": "probe"}}
+        forged = {**intent, "spec": {"goal": "probe", "requestedBy": "nobody@corp"}}
+        deadline = time.monotonic() + ENFORCED_SECONDS
+        while True:
+            denied = self._dry_run(forged)
+            admitted = self._dry_run(honest)
+            if "requestedBy" in denied and admitted == "":
+                return
+            if time.monotonic() > deadline:
+                raise DevclusterError(
+                    f"admission is not in force: forged: {denied or 'admitted'}; honest: {admitted or 'admitted'}"
+                )
+            time.sleep(0.2)
+
+    def _dry_run(self, body: Mapping[str, object]) -> str:
+        answer = self.kubectl(
+            "create", "--dry-run=server", "-f", "-", user="carol", stdin=json.dumps(body), check=False
+        )
+        return "" if answer.returncode == 0 else answer.stderr.strip()
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        """The controller's settings on this stack; keyword arguments replace any of them."""
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.state),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "RANDOM_SEED": "42",
+            "OC_MODE": "replay",
+            "OC_FIXTURES": str(ROOT / "opencode" / "fixtures"),
+            "SBX_MODE": "mock",
+            "SBX_PROVIDER": "local",
+            "SBX_ROOT": str(self.state / "sandboxes"),
+            "WORKSPACE_ROOT": str(self.state / "git"),
+            "WORKSPACE_ALLOW_LOOPBACK_HTTP": "true",
+            "POLICY_FILE": str(self.state / "policy.yaml"),
+            "KUBECONFIG": str(self.kubeconfig("controller")),
+            "DATABASE_URL": self.database,
+            "ADMIN_HOST": "127.0.0.1",
+            "ADMIN_PORT": "0",
+            **settings,
+        }
+
+    def controller(
+        self, *, name: str = "controller", role: str = "all", wait: bool = True, **settings: str
+    ) -> Controller:
+        """Start the product as its own process. `wait` until it is ready."""
+        log = self.state / f"{name}.log"
+        port_file = self.state / f"{name}.port"
+        port_file.unlink(missing_ok=True)
+        if settings.get("SBX_MODE") == "live" and "SBX_TOOLCHAINS" not in settings:
+            settings["SBX_TOOLCHAINS"] = str(toolchain())
+        child = spawn(
+            name,
+            [sys.executable, "-m", "controller", "run", "--role", role],
+            log=log,
+            detach=self.detach,
+            cwd=ROOT,
+            death=signal.SIGTERM,
+            env=self.environment(**{"ADMIN_PORT_FILE": str(port_file), "POD_NAME": name, **settings}),
+        )
+        deadline = time.monotonic() + 30
+        while not port_file.exists() or not port_file.read_text():
+            if not child.alive() or time.monotonic() > deadline:
+                raise DevclusterError(f"the controller did not start; the end of {log}:\n{tail(log, 30)}")
+            time.sleep(0.05)
+        started = Controller(child=child, log=log, admin=f"http://127.0.0.1:{port_file.read_text().strip()}")
+        while wait and not started.ready():
+            if not child.alive() or time.monotonic() > deadline:
+                raise DevclusterError(
+                    f"the controller is not ready: {started.get('/readyz')}; the end of {log}:\n{tail(log, 30)}"
+                )
+            time.sleep(0.05)
+        return started

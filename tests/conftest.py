@@ -1,0 +1,23 @@
+"""Shared by all tests: one cluster with the chart and its people per session, and the product on it for end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devcluster.stack import Stack
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """API server, PostgreSQL, chart and people, for the whole session. Whoever needs a controller starts one."""
+    with Stack(tmp_path_factory.mktemp("stack"), fsync=False) as stack:
+        yield stack
+
+
+@pytest.fixture
+def repo_root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parent.parent

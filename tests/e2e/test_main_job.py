@@ -1,0 +1,99 @@
+"""The main job through the real API server and kubectl: apply, plan, approve, execute, report."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.e2e.product import REJECT, Product
+
+
+def test_an_approved_intent_is_executed_once_and_reported(product: Product) -> None:
+    product.start()
+    uid = product.apply("hello", "say hello")
+    waiting = product.wait_phase("hello", "WaitingInput")
+    assert waiting["lastStep"] == "DecideST" and waiting["reason"] == "plan_not_approved"
+    assert waiting["workflowId"] == uid
+    assert product.sql("SELECT count(*) FROM app.sbx_runs") == [(0,)], "nothing runs before approval"
+
+    product.vote("hello")
+    done = product.wait_phase("hello", "Succeeded", "Failed")
+
+    assert done["phase"] == "Succeeded" and done["lastStep"] == "ExecuteST"
+    assert done["tasks"]["display"] == "1/1"
+    product.kubectl("wait", "--for=condition=Finished", "intent/hello", "--timeout=5s")
+    product.wait(lambda: "finalizers" not in product.intent("hello")["metadata"], "the finalizer is gone")
+    assert product.sql("SELECT approver, verdict FROM app.plan_approvals") == [("alice@corp", "Approve")]
+    assert product.sql("SELECT workflow_uuid, queue_name FROM dbos.workflow_status WHERE name = 'RunIntentWF'") == [
+        (uid, "intentQ")
+    ]
+    assert sum(product.starts().values()) == 1
+    product.assert_once()
+    approval = json.loads(product.kubectl("get", "pa", "-o", "json"))["items"][0]
+    assert approval["status"]["decision"] == "Approved"
+    assert approval["status"]["consumedBy"]["workflowId"] == f"{uid}:execute:1"
+    reasons = {e["reason"] for e in product.list("events.events.k8s.io")}
+    assert {"PlanReady", "ApprovedBy", "Succeeded"} <= reasons
+
+
+def test_a_rejected_plan_never_runs(product: Product) -> None:
+    product.start()
+    product.apply("hello", "say hello")
+    product.wait_phase("hello", "WaitingInput")
+    product.vote("hello", patch=REJECT)
+    done = product.wait_phase("hello", "Rejected")
+    assert "alice@corp: too risky" in product.condition("hello", "Finished")["message"]
+    assert done["nextAction"] == "To try again set spec.retry to 1"
+    assert product.starts() == {} and product.sql("SELECT count(*) FROM app.sbx_runs") == [(0,)]
+
+
+def test_a_red_test_fails_the_run_and_a_retry_plans_again(product: Product) -> None:
+    product.start()
+    product.apply("red", "prove that one is two")
+    product.wait_phase("red", "WaitingInput")
+    product.vote("red")
+    failed = product.wait_phase("red", "Failed")
+    assert failed["reason"] == "TaskFailed" and failed["failures"][0]["errCode"] == "CMD_NONZERO"
+    assert sum(product.starts().values()) == 1, "a red test is never run again by itself"
+
+    product.patch_intent("red", {"retry": 1})
+
+    def planned_again() -> dict[str, Any] | None:
+        status = product.status("red")
+        return status if status.get("observedRetry") == 1 and status["phase"] == "WaitingInput" else None
+
+    again = product.wait(planned_again, "a new plan")
+    assert again["plan"]["digest"] != failed["plan"]["digest"], "a new plan needs a new approval"
+    assert product.sql("SELECT count(*) FROM dbos.workflow_status WHERE workflow_uuid LIKE %s", "%:plan:2") == [(1,)]
+
+
+def test_an_invalid_intent_gets_a_clear_answer_and_zero_rows(product: Product) -> None:
+    product.start()
+    product.apply("bad", "say hello", sandbox={"template": "windows"})
+    condition = product.wait(lambda: c if (c := product.condition("bad", "Accepted")) else None, "an answer")
+    assert condition["status"] == "False"
+    assert "spec.sandbox.template" in condition["message"] and "python" in condition["message"]
+    for table in ("app.intents", "app.runs", "dbos.workflow_status"):
+        assert product.sql(f"SELECT count(*) FROM {table}") == [(0,)]
+
+
+def test_a_suspended_intent_waits_until_it_is_released(product: Product) -> None:
+    product.start()
+    product.apply("later", "say hello", suspend=True)
+    product.wait(lambda: product.status("later").get("reason") == "Suspended", "held")
+    assert product.sql("SELECT count(*) FROM app.runs") == [(0,)]
+    product.patch_intent("later", {"suspend": False})
+    product.wait_phase("later", "WaitingInput")
+
+
+def test_a_fan_out_runs_every_task_once_within_its_window(product: Product) -> None:
+    product.start()
+    product.apply("many", "run 100 small checks", limits={"parallelism": 5})
+    product.wait_phase("many", "WaitingInput")
+    product.vote("many")
+    done = product.wait_phase("many", "Succeeded", "Failed", seconds=60)
+    assert done["tasks"]["display"] == "100/100"
+    assert len(product.starts()) == 100 and set(product.starts().values()) == {1}
+    product.assert_once()
+    joined = product.sql("SELECT jsonb_array_length(output->'tasks') FROM app.run_steps WHERE step_id = 'ExecuteST'")
+    assert joined == [(100,)]
