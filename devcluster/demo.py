@@ -12,10 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,7 +26,7 @@ from rich.syntax import Syntax
 
 from devcluster.errors import DevclusterError
 from devcluster.gitserver import GitServer
-from devcluster.stack import ROOT, Stack
+from devcluster.stack import ROOT, Stack, scratch
 
 T = TypeVar("T")
 EXAMPLE = ROOT / "examples" / "fix-median"
@@ -226,17 +224,6 @@ def before(repository: Path, scratch: Path) -> None:
         )
 
 
-@contextmanager
-def directory() -> Iterator[Path]:
-    """A temporary directory that unprivileged sandboxes can reach, removed at the end."""
-    path = Path(tempfile.mkdtemp(prefix="sisu-kodo-demo-"))
-    path.chmod(0o755)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def main() -> None:
     """Run the demo."""
     yes = os.environ.get("YES") == "1" or not sys.stdin.isatty()
@@ -244,7 +231,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         check_machine()
-        with directory() as home:
+        with scratch() as home:
             repository = home / "repositories" / "fix-median.git"
             commit = example().make(repository)
             before(repository, home / "before")

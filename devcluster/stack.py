@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +32,17 @@ from devcluster.sandbox_python import toolchain
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = "sisu-kodo-policy"
 ENFORCED_SECONDS = 30.0
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory that unprivileged sandboxes and PostgreSQL's user can pass, removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix="sisu-kodo-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from devcluster.stack import Stack
+from devcluster.stack import Stack, scratch
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def cluster() -> Iterator[Stack]:
     """API server, PostgreSQL, chart and people, for the whole session. Whoever needs a controller starts one."""
-    with Stack(tmp_path_factory.mktemp("stack"), fsync=False) as stack:
+    with scratch() as state, Stack(state, fsync=False) as stack:
         yield stack
 
 

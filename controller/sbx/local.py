@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 UIDS = range(200_000, 200_064)
 UID_WAIT_SECONDS = 30.0
 MAX_COMMAND = 65_536
+TOOLS = tuple(Path("/usr/bin") / name for name in ("prlimit", "tar", "git", "env", "du"))
 
 
 class LocalProvider:
@@ -55,8 +56,11 @@ class LocalProvider:
         `uids` are the outer uids when we are root (ignored otherwise); `start_log` gets a line per started command;
         `observe` gets (create | upload | command | collect | total, seconds).
         """
-        if not os.access(bwrap, os.X_OK):
-            raise Unavailable(f"bubblewrap is not at {bwrap}: install it (apt-get install bubblewrap)")
+        for tool in (bwrap, *TOOLS):
+            if not os.access(tool, os.X_OK):
+                raise Unavailable(
+                    f"{tool} is missing: install it (apt-get install bubblewrap git tar util-linux coreutils)"
+                )
         self._root = os.geteuid() == 0
         if self._root:
             _must_be_traversable([state_root, *(host for t in templates for host, _ in t.binds)])
@@ -67,12 +71,18 @@ class LocalProvider:
         self._verifier = Verifier()
         self._bwrap, self._start_log, self._output_limit = bwrap, start_log, output_limit
         self._caps, self._grace, self._observe = caps or Caps(), grace_seconds, observe
-        if swept := self._boxes.sweep(lambda name: self._cgroups.named(name).remove()):
-            log.info("sandbox_leftovers_removed", extra={"count": swept})
+        self.sweep()
 
     @property
     def name(self) -> str:
         return "local"
+
+    def sweep(self) -> int:
+        """Kills and removes what dead controllers left on this host; how many sandboxes that were."""
+        count = self._boxes.sweep(lambda name: self._cgroups.named(name).remove())
+        if count:
+            log.info("sandbox_leftovers_removed", extra={"count": count})
+        return count
 
     def close(self) -> None:
         """Kills what still runs. The provider starts anew when it is used again."""
@@ -125,8 +135,10 @@ class LocalProvider:
                     facts.ref = f"local:{platform.node()}/{task.cell.box.name}"
                     verdict, found = self._phases(task, files)
                     facts.read(task)
-        except (InvalidIntent, Unavailable, LookupError, ValueError) as e:
+        except (InvalidIntent, Unavailable, ValueError) as e:
             verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
+        except LookupError as e:
+            verdict = Verdict(code=ErrCode.CANCELED if canceled() else ErrCode.BOOT_FAIL, note=str(e))
         except OSError as e:
             verdict = Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be made: {e}")
         if verdict.note:

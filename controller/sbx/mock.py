@@ -37,7 +37,7 @@ STEP = re.compile(
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Run:
     """One run in progress; `killed` is set by kill()."""
 

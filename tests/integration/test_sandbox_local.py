@@ -329,7 +329,7 @@ def test_bubblewrap_that_fails_is_a_boot_failure(root: Path) -> None:
     assert out.res.err_code is ErrCode.BOOT_FAIL
     assert "/nonexistent" in out.res.stderr
     local.close()
-    with pytest.raises(Unavailable, match="apt-get install bubblewrap"):
+    with pytest.raises(Unavailable, match="/nonexistent/bwrap is missing: install it"):
         LocalProvider(state_root=root / "state", bwrap=Path("/nonexistent/bwrap"))
 
 

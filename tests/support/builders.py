@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -222,3 +222,29 @@ def outcome(code: ErrCode = ErrCode.NONE, *, key: str = "", **changes: Any) -> O
         response=response(code, key=key), provider="mock", artifacts=(), chunks=(), chunk_base=0, junit=None
     )
     return replace(plain, **changes)
+
+
+def mutants(value: Any) -> Iterator[Any]:
+    """Every JSON value that differs from this one in one place: a leaf changed, a key or an item added, dropped or moved."""
+    if isinstance(value, Mapping):
+        yield {**value, "added": 1}
+        for key, inner in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: other} for other in mutants(inner))
+    elif isinstance(value, list):
+        yield [*value, "added"]
+        if value != value[::-1]:
+            yield value[::-1]
+        for at, inner in enumerate(value):
+            yield [*value[:at], *value[at + 1 :]]
+            yield from ([*value[:at], other, *value[at + 1 :]] for other in mutants(inner))
+    elif isinstance(value, str):
+        yield value + " "
+        yield f"{value[:-1]}\u00e9" if value else "\u200b"
+        yield None
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value + 1, str(value))
+    else:
+        yield "not null"

@@ -437,7 +437,8 @@ def _created(at: World) -> World:
 
 
 def _said(at: World, status: Any) -> World:
-    assert at.approval is not None
+    if at.approval is None:  # a retry in the same round has let go of it
+        return at
     return replace(at, approval=replace(at.approval, status=status))
 
 

@@ -1,0 +1,190 @@
+"""What people are shown is the stored plan and nothing else, and it fits into the object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+
+from controller.core import approval as approvals
+from controller.core import digest as digests
+from controller.core.visible import hidden
+from controller.kube import objects
+from controller.kube.crd import PlanApprovalSpec
+from tests.support.builders import DIFF, intent, mutants, plan, planned_run, shown, task
+
+KIB = 1024
+BIDI = "access \u202e// nimda\u202c\u200b\x1b[2J"
+
+
+def big(tasks: int, diff: bytes = DIFF, **changes: Any) -> approvals.Shown:
+    return shown(planned_run(plan_json=plan([task(n) for n in range(tasks)], **changes), diff=diff), diff)
+
+
+def live(expected: approvals.Shown, **spec: Any) -> dict[str, Any]:
+    return {"spec": {**expected.spec, "decisions": [{"approver": "a", "verdict": "Approve"}], **spec}}
+
+
+def bytes_of(expected: approvals.Shown) -> int:
+    return len(json.dumps(objects.plan_approval(intent(), expected), ensure_ascii=False).encode())
+
+
+# ------------------------------------------------------------------ exact
+
+
+def test_the_object_as_it_was_made_has_no_problem() -> None:
+    for expected in (big(1), big(1000, DIFF * 1000)):
+        assert approvals.problem(live(expected), expected, parts=dict(expected.parts)) is None
+
+
+def test_every_change_of_what_is_shown_is_detected() -> None:
+    expected = big(2)
+    found = 0
+    for part in ("intent", "plan", "policy"):
+        for other in mutants(expected.spec[part]):
+            assert approvals.problem(live(expected, **{part: other}), expected, parts={}) is not None, (part, other)
+            found += 1
+    assert found > 150
+
+
+def test_a_missing_part_of_the_spec_is_a_problem_too() -> None:
+    expected = big(1)
+    for part in ("intent", "plan", "policy"):
+        spec = {k: v for k, v in expected.spec.items() if k != part}
+        assert approvals.problem({"spec": spec}, expected, parts={}) is not None
+
+
+@pytest.mark.parametrize("change", [lambda text: None, lambda text: text + "\n", lambda text: text[:-1]])
+@pytest.mark.parametrize("which", [0, 1], ids=["tasks", "diff"])
+def test_a_changed_or_missing_config_map_is_detected(change: Any, which: int) -> None:
+    expected = big(1000, DIFF * 1000)
+    name = sorted(expected.parts, reverse=True)[which]
+    parts = {**expected.parts, name: change(expected.parts[name])}
+    assert name in str(approvals.problem(live(expected), expected, parts=parts))
+
+
+def test_a_run_whose_digest_is_not_of_its_plan_is_a_problem_though_it_is_shown_as_stored() -> None:
+    started = planned_run(digest="sha256:" + "0" * 64)
+    expected = shown(started)
+    assert "digest" in str(approvals.problem(live(expected), expected, parts={}))
+
+
+# ------------------------------------------------------------------ size
+
+
+def test_small_plans_are_shown_whole() -> None:
+    expected = big(3)
+    assert expected.parts == {} and len(expected.spec["plan"]["tasks"]) == 3
+    assert expected.spec["plan"]["patch"]["diff"] == DIFF.decode()
+    assert expected.spec["plan"]["taskCount"] == 3
+
+
+def test_what_is_over_24_kib_goes_to_config_maps_named_after_the_approval() -> None:
+    diff = DIFF * 1000
+    expected = big(1000, diff)
+    name = objects.plan_approval(intent(), expected)["metadata"]["name"]
+    assert sorted(expected.parts) == [f"{name}-diff", f"{name}-tasks"]
+    refs = [expected.spec["plan"]["tasksRef"], expected.spec["plan"]["patch"]["moreRef"]]
+    for ref in refs:
+        assert digests.sha256(expected.parts[ref["name"]].encode()) == ref["sha256"]
+    assert "tasks" not in expected.spec["plan"] and expected.spec["plan"]["taskCount"] == 1000
+    assert expected.parts[f"{name}-diff"] == diff.decode()
+    assert "[the whole diff is in the ConfigMap of moreRef]" in expected.spec["plan"]["patch"]["diff"]
+    assert all(map_["immutable"] for map_ in objects.config_maps(intent(), expected))
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_limit_is_exactly_24_kib(extra: int) -> None:
+    diff = b"+" * (24 * KIB - 1 + extra) + b"\n"
+    assert bool(big(1, diff).parts) == bool(extra)
+
+
+def test_the_object_stays_under_64_kib_with_a_thousand_tasks() -> None:
+    assert bytes_of(big(1000, DIFF * 5000)) < 64 * KIB
+
+
+def test_the_object_stays_under_64_kib_when_the_model_uses_every_limit_of_its_contract() -> None:
+    texts: dict[str, Any] = {
+        "summary": "s" * 4096,
+        "design": ["d" * 1024] * 25,
+        "files": ["f" * 1024] * 30,
+        "risks": ["r" * 1024] * 15,
+        "tests": ["t" * 1024] * 100,
+    }
+    assert bytes_of(big(1, DIFF, **texts)) < 64 * KIB
+
+
+def test_each_config_map_is_one_that_kubernetes_takes() -> None:
+    tasks = [task(n, command="c" * 4096) for n in range(1000)]
+    expected = shown(planned_run(plan_json=plan(tasks)))
+    assert all(len(text.encode()) < KIB * KIB for text in expected.parts.values())
+
+
+# ------------------------------------------------------------------ visible
+
+
+@pytest.mark.parametrize("field", ["summary", "design", "files", "risks", "tests"])
+def test_hidden_characters_of_the_models_texts_are_spelled_out(field: str) -> None:
+    text: Any = BIDI if field == "summary" else [BIDI]
+    found = json.dumps(big(1, **{field: text}).spec["plan"][field], ensure_ascii=False)
+    assert "<U+202E>" in found and "<U+001B>" in found and "\u202e" not in found
+
+
+@pytest.mark.parametrize("lines", [1, 2000], ids=["inline", "spilled"])
+def test_hidden_characters_of_the_diff_are_spelled_out(lines: int) -> None:
+    diff = f"+if {BIDI}\n".encode() * lines + b"\xff\n"
+    expected = big(1, diff)
+    texts = [expected.spec["plan"]["patch"]["diff"], *expected.parts.values()]
+    assert all("<U+202E>" in text and not any(hidden(c) for c in text) for text in texts)
+
+
+@pytest.mark.parametrize("field", ["title", "command"])
+def test_hidden_characters_of_the_tasks_are_spelled_out(field: str) -> None:
+    """Law 13. The bytes that run are bound by the digest; what people read must not pretend to be other bytes."""
+    expected = shown(planned_run(plan_json=plan([task(**{field: BIDI})])))
+    found = json.dumps(expected.spec["plan"], ensure_ascii=False) + "".join(expected.parts.values())
+    assert "\u202e" not in found
+
+
+def test_hidden_characters_of_the_goal_and_of_file_names_are_spelled_out() -> None:
+    patch = {"files": [BIDI], "additions": 1, "deletions": 1}
+    expected = shown(planned_run(plan_json=plan(patch=patch), goal=BIDI))
+    found = json.dumps(expected.spec["plan"], ensure_ascii=False)
+    assert "\u202e" not in found
+
+
+# ------------------------------------------------------------------ the CRD
+
+
+def _unknown(schema: Mapping[str, Any], value: Any, path: str) -> list[str]:
+    """Fields that the API server would drop without a word; then nobody could rebuild the object."""
+    if isinstance(value, Mapping):
+        known = schema.get("properties", {})
+        lost = [f"{path}.{k}" for k in value if k not in known]
+        return lost + [p for k, v in value.items() if k in known for p in _unknown(known[k], v, f"{path}.{k}")]
+    if isinstance(value, list):
+        return [p for v in value for p in _unknown(schema["items"], v, f"{path}[]")]
+    return []
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_the_spec_is_one_that_the_crd_keeps_whole(count: int) -> None:
+    made = objects.plan_approval(intent(), big(count, DIFF * count))
+    PlanApprovalSpec.model_validate(made["spec"])
+    crd = yaml.safe_load((Path(__file__).parents[2] / "crds" / "planapprovals.yaml").read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    assert _unknown(schema, made["spec"], "spec") == []
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), st.binary(max_size=200))
+@hypothesis(max_examples=60, deadline=None)
+def test_any_plan_is_shown_so_that_its_votes_count(text: str, diff: bytes) -> None:
+    expected = big(1, diff, summary=text, design=[text])
+    assert approvals.problem(live(expected), expected, parts=dict(expected.parts)) is None
