@@ -55,6 +55,9 @@ class Settings(BaseModel):
         Path("/var/lib/sisu-kodo/git"), alias="WORKSPACE_ROOT", description="cache of bare clones"
     )
     workspace_loopback_http: bool = Field(False, alias="WORKSPACE_ALLOW_LOOPBACK_HTTP", description="development only")
+    https_proxy: str = Field("", alias="HTTPS_PROXY", repr=False, description="for git over https")
+    no_proxy: str = Field("", alias="NO_PROXY")
+    ssl_cert_file: str = Field("", alias="SSL_CERT_FILE", description="CA bundle for git over https")
     app_version: str = Field("v1", alias="DBOS__APPVERSION", min_length=1)
     admin_port: int = Field(
         3002, alias="ADMIN_PORT", ge=0, le=65535, description="health and metrics; 0 takes a free port"
@@ -77,6 +80,12 @@ class Settings(BaseModel):
     resync_seconds: float = Field(300.0, alias="RESYNC_SECONDS", ge=1)
     log_format: Literal["json", "text"] = Field("text", alias="LOG_FORMAT")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
+
+    @property
+    def git_environ(self) -> dict[str, str]:
+        """What git's transport needs from outside."""
+        found = {"HTTPS_PROXY": self.https_proxy, "NO_PROXY": self.no_proxy, "GIT_SSL_CAINFO": self.ssl_cert_file}
+        return {name: value for name, value in found.items() if value}
 
     @property
     def toolchains(self) -> tuple[Path, ...]:

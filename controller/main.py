@@ -8,51 +8,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
-
-from prometheus_client import Gauge
 
 from controller import metrics
 from controller.config import ConfigError, Settings
-from controller.db import gauges
-from controller.db.lease import PgLeaseStore
-from controller.db.ledger import PgTurnLedger
-from controller.db.migrate import sqlalchemy_url
-from controller.db.notify import Listener
 from controller.db.pool import Pool, open_pool
-from controller.db.runs import PgRunStore
-from controller.db.work import PgWorkStore
 from controller.gateway import health
-from controller.kube import client as kube
-from controller.kube.cache import Cache
-from controller.kube.gate import IdentityGate
-from controller.kube.lease import lead
-from controller.kube.operator import Operator
-from controller.kube.policy import Policies
-from controller.kube.reconcile import Reconciler
-from controller.kube.watch import KINDS, Watch
 from controller.oc.client import OpenCodeClient
 from controller.oc.live import LiveAgent
 from controller.oc.record import RecordingAgent
 from controller.oc.replay import ReplayAgent
 from controller.ports import AgentServer, Clock, SandboxProvider, Workspace
+from controller.roles.control import Controller
+from controller.roles.worker import DRAIN_SECONDS, Adapters, Worker
 from controller.sbx import templates
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
-from controller.workflows import engine, recovery
-from controller.workflows.parts import Parts, install
 from controller.workspace.workspace import GitWorkspace
 
 log = logging.getLogger(__name__)
-DRAIN_SECONDS = 2
 
 
 class SystemClock:
@@ -68,16 +46,6 @@ class SystemClock:
         time.sleep(seconds)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapters:
-    """What the worker talks to."""
-
-    agent: AgentServer
-    workspace: Workspace
-    sandboxes: SandboxProvider
-    clock: Clock
-
-
 def build(
     settings: Settings,
     *,
@@ -90,7 +58,9 @@ def build(
     return Adapters(
         agent=agent or _agent(settings),
         workspace=workspace
-        or GitWorkspace(settings.workspace_root, allow_loopback_http=settings.workspace_loopback_http),
+        or GitWorkspace(
+            settings.workspace_root, allow_loopback_http=settings.workspace_loopback_http, environ=settings.git_environ
+        ),
         sandboxes=sandboxes or _sandboxes(settings),
         clock=clock or SystemClock(),
     )
@@ -100,10 +70,11 @@ def _agent(settings: Settings) -> AgentServer:
     if settings.oc_mode == "replay":
         return ReplayAgent(settings.oc_fixtures)
     url = settings.oc_base_url or f"http://127.0.0.1:{settings.oc_server_port}"
-    live = LiveAgent(OpenCodeClient(url, password=settings.oc_server_password))
+    client = OpenCodeClient(url, password=settings.oc_server_password)
+    live = LiveAgent(client)
     if settings.oc_mode == "live":
         return live
-    return RecordingAgent(live, directory=settings.oc_fixtures, opencode="unknown", model="unknown")
+    return RecordingAgent(live, directory=settings.oc_fixtures, opencode=client.version(), model="live")
 
 
 def _sandboxes(settings: Settings) -> SandboxProvider:
@@ -123,204 +94,6 @@ def _sandboxes(settings: Settings) -> SandboxProvider:
 def _observe_local(stage: str, seconds: float) -> None:
     if stage != "total":  # the total is observed by TaskWF, with its outcome
         metrics.SANDBOX_SECONDS.labels("local", stage, "").observe(seconds)
-
-
-def fence_off(reason: str) -> None:
-    """End at once, without clean-up: somebody else may already be doing this process' work."""
-    log.critical("fenced off", extra={"reason": reason})
-    logging.shutdown()
-    os._exit(75)
-
-
-class Worker:
-    """DBOS, the executor's lease, the sweeper. No right on Intents or PlanApprovals is needed."""
-
-    def __init__(self, settings: Settings, adapters: Adapters, pool: Pool) -> None:
-        self._settings = settings
-        # Never reused: two incarnations under one executor id would take each other's work for their own.
-        self.executor = f"{settings.pod_name}-{secrets.token_hex(4)}"
-        leases = PgLeaseStore(pool, app_version=settings.app_version)
-        store = PgWorkStore(pool, app_version=settings.app_version, executor=self.executor)
-        self._lease = recovery.Lease(
-            leases, executor=self.executor, ttl=settings.lease_ttl_seconds, clock=adapters.clock, fence_off=fence_off
-        )
-        self._cancel = recovery.CancelWatch(store)
-        self._sweeper = recovery.sweeper(leases, seconds=settings.lease_ttl_seconds / 3)
-        provider = adapters.sandboxes.name
-
-        def observe(what: str, outcome: str, seconds: float) -> None:
-            if what == "fence_rejected":
-                metrics.FENCE_REJECTIONS.inc()
-            elif what.startswith("step:"):
-                metrics.STEP_SECONDS.labels(what.removeprefix("step:"), outcome).observe(seconds)
-            else:
-                metrics.SANDBOX_SECONDS.labels(provider, what, outcome).observe(seconds)
-
-        install(
-            Parts(
-                store=store,
-                store_id=PgRunStore(pool, app_version=settings.app_version).store_id(),
-                ledger=lambda ctx: PgTurnLedger(pool, ctx),
-                agent=adapters.agent,
-                workspace=adapters.workspace,
-                sandboxes=adapters.sandboxes,
-                clock=adapters.clock,
-                canceled_runs=self._cancel.runs,
-                observe=observe,
-                fence_off=fence_off,
-            )
-        )
-
-    def start(self) -> None:
-        """Lease first, then dequeue. Must be called while no event loop runs in this thread: DBOS would adopt it."""
-        s = self._settings
-        self._lease.start()
-        engine.launch(
-            url=sqlalchemy_url(s.database_url_worker or s.database_url),
-            executor=self.executor,
-            app_version=s.app_version,
-            poll_seconds=s.poll_seconds,
-            intent_concurrency=s.intent_concurrency,
-            sbx_concurrency=s.sbx_concurrency,
-        )
-        self._cancel.loop.start()
-        self._sweeper.start()
-
-    def stop(self) -> None:
-        """What still runs afterwards is taken over by a peer or the next start."""
-        self._sweeper.stop()
-        self._cancel.loop.stop()
-        engine.stop(seconds=DRAIN_SECONDS)
-        self._lease.stop()
-
-
-class Controller:
-    """The control loop in the main thread's event loop; kopf, LISTEN and reconcile's database calls in threads."""
-
-    def __init__(self, settings: Settings, pool: Pool, clock: Clock) -> None:
-        self._settings, self._pool, self._clock = settings, pool, clock
-        self._policies = Policies(settings.policy_file)
-        self._store = PgRunStore(pool, app_version=settings.app_version)
-        self.operator: Operator | None = None
-        self.watch: Watch | None = None
-        self.leading = False
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
-        api = await kube.connect(self._settings.kubeconfig)
-        try:
-            leader = asyncio.create_task(
-                lead(
-                    api,
-                    namespace=self._settings.namespace,
-                    identity=self._settings.pod_name,
-                    leading=lambda: self._lead(kube.KubeCluster(api)),
-                    lost=self._lost,
-                )
-            )
-            stopping = asyncio.create_task(stop.wait())
-            done, _ = await asyncio.wait({leader, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if leader in done:
-                leader.result()
-            leader.cancel()
-            await asyncio.gather(leader, return_exceptions=True)
-        finally:
-            await api.close()  # type: ignore[no-untyped-call]
-
-    async def _lost(self) -> None:
-        fence_off("the leader lease was lost")
-
-    async def _lead(self, cluster: kube.KubeCluster) -> None:
-        loop = asyncio.get_running_loop()
-        s, cache = self._settings, Cache()
-        gate = IdentityGate(cluster, namespace=s.namespace, service_account=s.service_account)
-        operator = self.operator = Operator(
-            cluster=cluster,
-            store=self._store,
-            cache=cache,
-            gate=gate,
-            clock=self._clock,
-            resync_seconds=s.resync_seconds,
-            observe=_observe_kube,
-            reconciler=lambda add_later: Reconciler(
-                cluster=cluster,
-                store=self._store,
-                cache=cache,
-                gate=gate,
-                policies=self._policies,
-                clock=self._clock,
-                reporter=s.pod_name,
-                allow_loopback_http=s.workspace_loopback_http,
-                add_later=add_later,
-                observe=_observe_kube,
-            ),
-        )
-
-        def seen(plural: str, kind: str | None, obj: Mapping[str, Any]) -> None:
-            loop.call_soon_threadsafe(operator.saw, plural, kind, obj)
-
-        def notified(uid: str | None) -> None:
-            loop.call_soon_threadsafe(operator.notify, uid)
-
-        self.watch = Watch(seen=seen, failed=fence_off, in_cluster=s.kubeconfig is None)
-        listener = Listener(s.database_url, notified)
-        self.watch.start()
-        listener.start()
-        self.leading = True
-        log.info("leading", extra={"identity": s.pod_name})
-        try:
-            await operator.run()
-        except Exception as e:
-            log.exception("control loop failed")
-            fence_off(f"control loop failed: {e}")
-        finally:
-            self.leading = False
-            await asyncio.to_thread(self.watch.stop)
-            await asyncio.to_thread(listener.stop)
-
-    # ------------------------------------------------------------------ what health and metrics ask
-
-    def alive(self) -> str | None:
-        """Leading without a watch is a reason to restart."""
-        if self.leading and self.watch is not None and not self.watch.alive:
-            return "the watch thread has ended"
-        return None
-
-    def ready(self) -> str | None:
-        """A follower is ready, too; a leader once it has listed everything."""
-        if self.leading and self.operator is not None and self.operator.last_resync is None:
-            return "the first listing is not done"
-        return None
-
-    def collect(self) -> None:
-        """Refresh the gauges that only the leader reports."""
-        if not self.leading or self.operator is None:
-            return
-        now, operator = self._clock.monotonic(), self.operator
-        for plural in KINDS:
-            last = max(operator.last_event.get(plural, 0.0), operator.last_resync or 0.0)
-            metrics.WATCH_STALENESS.labels(plural).set(now - last if last else 0.0)
-        found = gauges.read(self._pool, app_version=self._settings.app_version)
-        _set(metrics.QUEUE_DEPTH, {key: float(n) for key, n in found.depth.items()})
-        _set(metrics.QUEUE_OLDEST, {(queue,): age for queue, age in found.oldest.items()})
-        _set(metrics.INTENTS, {(status,): float(n) for status, n in found.runs.items()})
-        _set(metrics.RUN_AGE, {(status,): age for status, age in found.run_age.items()})
-        _set(metrics.STRANDED, {("version",): float(sum(found.stranded.values()))})
-
-
-def _set(gauge: Gauge, values: dict[tuple[str, ...], float]) -> None:
-    gauge.clear()
-    for labels, value in values.items():
-        gauge.labels(*labels).set(value)
-
-
-def _observe_kube(what: str, value: float) -> None:
-    if what == "identity_enforced":
-        metrics.IDENTITY_ENFORCED.set(value)
-    elif what == "reconcile":
-        metrics.RECONCILE_SECONDS.observe(value)
-    elif what == "status_lag":
-        metrics.STATUS_LAG.observe(value)
 
 
 def product_version() -> str:

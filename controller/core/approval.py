@@ -6,7 +6,7 @@ Pure, so that the object people voted on can be compared with what the database 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,12 @@ from controller.core.run import Run
 from controller.core.status import stamp
 from controller.core.visible import visible
 
-INLINE_BYTES = 24 * 1024  # tasks and diff each: both inline and the texts stay under 64 KiB
+INLINE_BYTES = (
+    16 * 1024
+)  # tasks and diff each; with the texts, the goal and the file list a PlanApproval stays under 64 KiB
+TEXT_BYTES = 12 * 1024  # summary, design, files, risks and tests together, as people see them
+FILES_BYTES = 4 * 1024
+TEXTS = ("summary", "design", "files", "risks", "tests")
 PART_KEY = "content"
 
 
@@ -38,7 +43,7 @@ def build(run: Run, *, intent_name: str, diff: bytes) -> Shown:
     plan: dict[str, Any] = {
         "digest": run.digest,
         "goal": record["goal"],
-        **{key: _shown(run.plan[key]) for key in ("summary", "design", "files", "risks", "tests")},
+        **{key: _shown(run.plan[key]) for key in TEXTS},
         "taskCount": len(tasks),
         "patch": _patch(run, diff, name, parts),
         "execution": record["execution"],
@@ -62,7 +67,11 @@ def build(run: Run, *, intent_name: str, diff: bytes) -> Shown:
 def _patch(run: Run, diff: bytes, name: str, parts: dict[str, str]) -> dict[str, Any]:
     assert run.plan is not None
     text = visible(diff.decode("utf-8", "replace"))
-    patch: dict[str, Any] = {"sha256": run.patch_sha256, **run.plan["patch"]}
+    patch: dict[str, Any] = {
+        "sha256": run.patch_sha256,
+        **run.plan["patch"],
+        "files": _files(run.plan["patch"]["files"]),
+    }
     if len(text.encode()) <= INLINE_BYTES:
         patch["diff"] = text
     else:
@@ -71,6 +80,23 @@ def _patch(run: Run, diff: bytes, name: str, parts: dict[str, str]) -> dict[str,
         )
         patch["moreRef"] = _spill(parts, f"{name}-diff", text)
     return patch
+
+
+def _files(names: Sequence[str]) -> list[str]:
+    """As many as fit; the diff has them all."""
+    shown: list[str] = []
+    left = FILES_BYTES
+    for name in map(visible, names):
+        left -= len(name.encode()) + 4
+        if left < 0:
+            return [*shown, f"[and {len(names) - len(shown)} more]"]
+        shown.append(name)
+    return shown
+
+
+def text_bytes(plan: Mapping[str, Any]) -> int:
+    """How much a plan's texts take when they are shown."""
+    return sum(len(json.dumps(_shown(plan[key]), ensure_ascii=False).encode()) for key in TEXTS)
 
 
 def _spill(parts: dict[str, str], name: str, text: str) -> dict[str, str]:

@@ -8,7 +8,9 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from controller.core.digest import sha256_json
+from controller.core.errors import InvalidPlan
 from controller.core.model import TurnReply, TurnRequest
+from controller.core.visible import visible
 from controller.core.work import Context
 from controller.db.pool import Pool, change, one
 
@@ -37,6 +39,10 @@ class PgTurnLedger:
         )
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
+        if not _storable(reply.structured) or not _storable(reply.raw_text):
+            # jsonb holds neither NUL nor half a surrogate pair; the compile loop refuses such an answer right after this.
+            self.failed(request, InvalidPlan(f"the answer cannot be stored: {visible(reply.raw_text)[:2048]}"))
+            return
         self._write(
             request,
             {
@@ -55,7 +61,7 @@ class PgTurnLedger:
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         nothing = dict.fromkeys(("session", "response", "structured", "raw_text", "tool_calls", "timings", "tokens"))
-        self._write(request, {**nothing, "err_code": type(error).__name__, "error": str(error)[:4096]})
+        self._write(request, {**nothing, "err_code": type(error).__name__, "error": visible(str(error))[:4096]})
 
     def _write(self, request: TurnRequest, reply: Mapping[str, Any]) -> None:
         change(
@@ -83,3 +89,11 @@ class PgTurnLedger:
                 "prompts": sha256_json([request.agent, *request.history, request.prompt]),
             }
         )
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, Mapping):
+        return all(_storable(k) and _storable(v) for k, v in value.items())
+    return all(_storable(v) for v in value) if isinstance(value, list | tuple) else True

@@ -13,9 +13,9 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from controller.core.errors import Conflict, Permanent, Unavailable
+from controller.kube.crd import FINALIZER, GROUP
 
-GROUP, VERSION = "sisukodo.dev", "v1alpha1"
-FINALIZER = "sisukodo.dev/run"
+VERSION = "v1alpha1"
 MERGE, JSON_PATCH = "application/merge-patch+json", "application/json-patch+json"
 TIMEOUT_SECONDS = 20
 

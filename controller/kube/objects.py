@@ -11,8 +11,7 @@ from controller.core.approval import PART_KEY, Shown
 from controller.core.digest import approval_name
 from controller.core.run import Approval, Intent, Vote
 from controller.core.visible import visible
-from controller.kube.client import FINALIZER
-from controller.kube.crd import ACKNOWLEDGE_STORE, API_VERSION
+from controller.kube.crd import ACKNOWLEDGE_STORE, API_VERSION, FINALIZER
 
 Object = Mapping[str, Any]
 MANAGED_BY = {"app.kubernetes.io/managed-by": "sisu-kodo"}

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from controller.core.errors import InvalidIntent
 from controller.core.settings import Policy, Settings, effective
+from controller.core.visible import first_hidden
 from controller.kube.crd import MAX_FREE_JSON_BYTES, IntentSpec
 
 
@@ -20,6 +21,8 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         raise InvalidIntent(".".join(["spec", *map(str, first["loc"])]), str(first["msg"])) from e
+    if (mark := first_hidden(str(spec["goal"]))) is not None:
+        raise InvalidIntent("spec.goal", f"holds the hidden character {mark}; whoever approves must see what was asked")
     for field in ("inputs", "constraints"):
         size = len(json.dumps(spec.get(field, {}), ensure_ascii=False).encode())
         if size > MAX_FREE_JSON_BYTES:

@@ -10,7 +10,8 @@ from typing import Any
 
 import kopf
 
-from controller.kube.client import GROUP, VERSION
+from controller.kube.client import VERSION
+from controller.kube.crd import GROUP
 
 log = logging.getLogger(__name__)
 KINDS = ("intents", "planapprovals")

@@ -25,11 +25,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from controller.core.errors import Unavailable
 from controller.core.model import Owner
 from controller.sbx import jail, processes
 
 DRAFT = ".new-"  # a box whose mark is still being written
 DRAFT_SECONDS = 60
+
+
+class NoFreeUid(Unavailable):
+    """As many sandboxes run as there are outer uids."""
 
 
 def _flock(path: Path, *, wait: bool) -> int | None:
@@ -120,7 +125,7 @@ class Boxes:
 
     @contextlib.contextmanager
     def uid(self) -> Iterator[int | None]:
-        """An outer uid that no other sandbox of this host has; None when we are not root. Raises LookupError when all are taken."""
+        """An outer uid that no other sandbox of this host has; None when we are not root. Raises NoFreeUid."""
         if not self._uids:
             yield None
             return
@@ -133,7 +138,7 @@ class Boxes:
                 finally:
                     os.close(fd)
                 return
-        raise LookupError(f"all {len(self._uids)} outer uids of {self._root} are taken")
+        raise NoFreeUid(f"all {len(self._uids)} outer uids of {self._root} are taken")
 
     @contextlib.contextmanager
     def create(self, owner: Owner, *, uid: int | None) -> Iterator[Box]:

@@ -19,7 +19,7 @@ from controller.core.errors import InvalidIntent, Unavailable
 from controller.core.model import Artifact, Chunk, Owner
 from controller.sbx import jail
 from controller.sbx.artifacts import Caps, index
-from controller.sbx.boxes import Box, Boxes
+from controller.sbx.boxes import Box, Boxes, NoFreeUid
 from controller.sbx.limits import Cgroup, CgroupTree, rlimits
 from controller.sbx.output import STREAM_LIMIT, Capture
 from controller.sbx.run import Cell
@@ -49,6 +49,7 @@ class LocalProvider:
         output_limit: int = STREAM_LIMIT,
         caps: Caps | None = None,
         grace_seconds: float = 2.0,
+        cgroup_parent: str = "sisu-kodo",
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
         """Removes what dead controllers left under state_root. Raises Unavailable when this host cannot do it at all.
@@ -66,7 +67,7 @@ class LocalProvider:
             _must_be_traversable([state_root, *(host for t in templates for host, _ in t.binds)])
         self._boxes = Boxes(state_root, uids=uids if self._root else ())
         self._catalog = Catalog([base(), *templates])
-        self._cgroups = CgroupTree.find()
+        self._cgroups = CgroupTree.find(parent=cgroup_parent)
         self._launcher = Launcher()
         self._verifier = Verifier()
         self._bwrap, self._start_log, self._output_limit = bwrap, start_log, output_limit
@@ -103,14 +104,12 @@ class LocalProvider:
             os.path.normpath(workdir) != workdir or not workdir.startswith(f"{jail.WORKSPACE}/")
         ):
             raise InvalidIntent("spec.sandbox", f"the working directory {workdir!r} is not in {jail.WORKSPACE}")
-        if (
-            len(request.cmd) > MAX_COMMAND
-            or any("=" in name or not name for name in request.env)
-            or "\0" in request.cmd
-        ):
+        if len(request.cmd) > MAX_COMMAND or any("=" in name or not name for name in request.env):
             raise InvalidIntent(
-                "spec.sandbox", f"a command over {MAX_COMMAND} characters, a NUL, or a bad variable name"
+                "spec.sandbox", f"a command over {MAX_COMMAND} characters, or a variable without a name"
             )
+        if not all(map(_is_plain, (request.cmd, *request.env, *request.env.values()))):
+            raise InvalidIntent("spec.sandbox", "the command or a variable holds a NUL or is not Unicode text")
         return template
 
     def run(
@@ -135,10 +134,10 @@ class LocalProvider:
                     facts.ref = f"local:{platform.node()}/{task.cell.box.name}"
                     verdict, found = self._phases(task, files)
                     facts.read(task)
-        except (InvalidIntent, Unavailable, ValueError) as e:
-            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
-        except LookupError as e:
+        except NoFreeUid as e:
             verdict = Verdict(code=ErrCode.CANCELED if canceled() else ErrCode.BOOT_FAIL, note=str(e))
+        except (InvalidIntent, Unavailable) as e:
+            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
         except OSError as e:
             verdict = Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be made: {e}")
         if verdict.note:
@@ -235,7 +234,7 @@ class LocalProvider:
         while True:
             try:
                 return stack.enter_context(self._boxes.uid())
-            except LookupError:
+            except NoFreeUid:
                 if time.monotonic() >= deadline or canceled():
                     raise
                 time.sleep(0.1)
@@ -265,6 +264,11 @@ def _lives(box: Box) -> bool:
         return not box.abandoned() or box.jail_lives()
     except FileNotFoundError:
         return False
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it can be an argument: a lone surrogate has no bytes, and a NUL would end it."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _must_be_traversable(paths: Sequence[Path]) -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.core import digest as digests
+from controller.core.approval import TEXT_BYTES, text_bytes
 from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidPlan
 from controller.core.model import Artifact, GitSource, Patch
 from controller.core.prompt import PROMPT_VERSION
+from controller.core.visible import first_hidden
 from controller.core.work import Context
 from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
 from controller.workflows.parts import Parts
@@ -171,9 +173,18 @@ def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str,
 
 
 def bounded(plan: PlanOutput, ctx: Context) -> dict[str, Any]:
-    """The plan as JSON, each task's time cut to the Intent's ceiling."""
+    """The plan as JSON, each task's time cut to the Intent's ceiling. Raises InvalidPlan for what people could not be shown exactly."""
     value = plain(plan)
+    if (size := text_bytes(value)) > TEXT_BYTES:
+        raise InvalidPlan(
+            f"summary, design, files, risks and tests take {size} bytes; at most {TEXT_BYTES} can be shown"
+        )
     for task in value["tasks"]:
+        for field in ("title", "command"):
+            if (mark := first_hidden(task[field])) is not None:
+                raise InvalidPlan(
+                    f"tasks[{task['id']}].{field} holds the hidden character {mark}; people must see what runs"
+                )
         task["timeoutSeconds"] = min(task["timeoutSeconds"], ctx.settings.task_timeout_seconds)
     return value
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from controller.kube import identity
-from controller.kube.crd import PlanApprovalSpec
+from controller.kube.crd_approval import PlanApprovalSpec
 from devcluster import install
 from devcluster.cluster import ControlPlane
 

@@ -35,6 +35,7 @@ ROOT = os.geteuid() == 0
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root: cgroups and outer uids")
 MARK = f"4{os.getpid()}"  # so that a process which an earlier run left is never taken for ours
+CGROUPS = f"sisu-kodo-test-{os.getpid()}"
 CAPS = Caps(files=5, file_bytes=100_000, total_bytes=250_000)
 
 
@@ -50,13 +51,19 @@ def root() -> Iterator[Path]:
 @pytest.fixture
 def kit(root: Path) -> Iterator[Kit]:
     """After each test nothing may be left: no directory, no cgroup, no process under an outer uid of ours."""
-    groups = CgroupTree.find()
-    before = set(groups.leftovers())
-    local = LocalProvider(state_root=root / "state", start_log=root / "starts", caps=CAPS, grace_seconds=0.5)
+    local = another(root, start_log=root / "starts", caps=CAPS, grace_seconds=0.5)
     yield Kit(provider=local, start_log=root / "starts")
     local.close()
     assert list((root / "state" / "boxes").iterdir()) == []
-    assert set(groups.leftovers()) - before == set()
+    groups = CgroupTree.find(parent=CGROUPS)
+    assert groups.leftovers() == []
+    for directory in groups.roots:
+        directory.rmdir()
+
+
+def another(root: Path, **options: Any) -> LocalProvider:
+    """A provider on the test's state, with cgroups of its own: others on this machine have theirs."""
+    return LocalProvider(state_root=root / "state", cgroup_parent=CGROUPS, **options)
 
 
 def running(marker: str) -> list[int]:
@@ -160,7 +167,14 @@ def test_egress_is_refused_before_anything_starts(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"env": {"A": "x\0--bind\0/\0/host"}}, {"workdir": "/etc"}, {"workdir": "/workspace/../etc"}]
+    "changes",
+    [
+        {"env": {"A": "x\0--bind\0/\0/host"}},
+        {"env": {"A": "\ud800"}},
+        {"env": {"A=B": "x"}},
+        {"workdir": "/etc"},
+        {"workdir": "/workspace/../etc"},
+    ],
 )
 def test_options_cannot_be_smuggled_in(kit: Kit, changes: dict[str, Any]) -> None:
     out = kit.run("ls /host", **changes)
@@ -364,7 +378,7 @@ from controller.core.contract import Egress, Limits, SBXReq
 from controller.core.model import Owner
 from controller.sbx.local import LocalProvider
 root, cmd, owner = Path(sys.argv[1]), sys.argv[2], Owner(**json.loads(sys.argv[3]))
-local = LocalProvider(state_root=root / "state")
+local = LocalProvider(state_root=root / "state", cgroup_parent=sys.argv[4])
 request = SBXReq(intent_id="i", run_id="r", step_id="s", task_id="t", generation=1, env_ref=local.resolve("base"), cmd=cmd,
                  files_in=(), env={}, workdir="/workspace", timeout_ms=60_000, limits=Limits(), egress=Egress())
 res, _ = local.run(request, owner=owner, files={}, emit=lambda chunk: None, canceled=lambda: False)
@@ -373,7 +387,7 @@ print(res.err_code.value, flush=True)
 
 
 def controller(root: Path, cmd: str, owner: Owner) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", CONTROLLER, str(root), cmd, json.dumps(vars(owner))]
+    argv = [sys.executable, "-c", CONTROLLER, str(root), cmd, json.dumps(vars(owner)), CGROUPS]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(argv, cwd="/", env=env, stdout=subprocess.PIPE, text=True)
 
@@ -391,7 +405,7 @@ def test_sigkill_of_the_controller_kills_the_tree_within_a_second(kit: Kit, root
         eventually(lambda: not running(f"{MARK}4.1") and not running(f"{MARK}4.2"), seconds=1)
     assert kit.provider.owned(STORE) == []
     assert len(list((root / "state" / "boxes").iterdir())) == 1, "what is left is a directory"
-    LocalProvider(state_root=root / "state").close()  # and the next start removes it, and its cgroup: see the fixture
+    another(root).close()  # and the next start removes it, and its cgroup: see the fixture
 
 
 def test_sigkill_of_controller_and_launcher_together(kit: Kit, root: Path) -> None:
@@ -402,14 +416,14 @@ def test_sigkill_of_controller_and_launcher_together(kit: Kit, root: Path) -> No
         other.kill()
         os.kill(launcher, signal.SIGKILL)
         eventually(lambda: not running(f"{MARK}4.3"), seconds=1)
-    LocalProvider(state_root=root / "state").close()
+    another(root).close()
 
 
 def test_a_sandbox_of_another_live_controller_is_seen_and_killed(kit: Kit, root: Path) -> None:
     owner = kit.owner()
     with controller(root, f"sleep {MARK}4.4", owner) as other:
         eventually(lambda: running(f"{MARK}4.4"))
-        LocalProvider(state_root=root / "state").close()  # a start beside it must not take it for a leftover
+        another(root).close()  # a start beside it must not take it for a leftover
         assert running(f"{MARK}4.4")
         assert kit.provider.owned(STORE) == [owner]
         assert kit.provider.kill(owner) == 1
@@ -432,7 +446,7 @@ def test_a_sandbox_that_outlived_its_controller_is_seen_and_killed(kit: Kit, roo
         assert (kit.provider.owned(STORE), kit.provider.kill(owner)) == ([], 0)
     finally:
         os.kill(launcher, signal.SIGKILL)
-    LocalProvider(state_root=root / "state").close()
+    another(root).close()
 
 
 def test_a_pid_that_was_given_to_somebody_else_is_left_alone(kit: Kit, root: Path) -> None:
@@ -445,7 +459,7 @@ def test_a_pid_that_was_given_to_somebody_else_is_left_alone(kit: Kit, root: Pat
     with subprocess.Popen(["sleep", "30"]) as stranger:
         (box / "jail.json").write_text(json.dumps({"pid": stranger.pid, "start": "an older time"}))
         assert kit.provider.kill(owner) == 0
-        LocalProvider(state_root=root / "state").close()
+        another(root).close()
         assert stranger.poll() is None
         found = processes.identify(stranger.pid)
         assert found is not None and processes.kill(found)

@@ -14,7 +14,8 @@ from controller.core import settings as core_settings
 from controller.core.phases import Status
 from controller.core.settings import Policy
 from controller.kube import crd
-from controller.kube.crd import DEFAULTS, IntentSpec, IntentStatus, PlanApprovalSpec, PlanApprovalStatus
+from controller.kube.crd import DEFAULTS, IntentSpec, IntentStatus
+from controller.kube.crd_approval import PlanApprovalSpec, PlanApprovalStatus
 
 CRDS = Path(__file__).parents[2] / "crds"
 COMPARED = (

@@ -1,0 +1,158 @@
+"""The controller role: leader election, the watch, the control loop, and what health and metrics ask of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import Gauge
+
+from controller import metrics
+from controller.config import Settings
+from controller.db import gauges
+from controller.db.notify import Listener
+from controller.db.pool import Pool
+from controller.db.runs import PgRunStore
+from controller.kube import client as kube
+from controller.kube.cache import Cache
+from controller.kube.gate import IdentityGate
+from controller.kube.lease import lead
+from controller.kube.operator import Operator
+from controller.kube.policy import Policies
+from controller.kube.reconcile import Reconciler
+from controller.kube.watch import KINDS, Watch
+from controller.ports import Clock
+from controller.roles.fence import fence_off
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """The control loop in the main thread's event loop; kopf, LISTEN and reconcile's database calls in threads."""
+
+    def __init__(self, settings: Settings, pool: Pool, clock: Clock) -> None:
+        self._settings, self._pool, self._clock = settings, pool, clock
+        self._policies = Policies(settings.policy_file)
+        self._store = PgRunStore(pool, app_version=settings.app_version)
+        self.operator: Operator | None = None
+        self.watch: Watch | None = None
+        self.leading = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
+        api = await kube.connect(self._settings.kubeconfig)
+        try:
+            leader = asyncio.create_task(
+                lead(
+                    api,
+                    namespace=self._settings.namespace,
+                    identity=self._settings.pod_name,
+                    leading=lambda: self._lead(kube.KubeCluster(api)),
+                    lost=self._lost,
+                )
+            )
+            stopping = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait({leader, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if leader in done:
+                leader.result()
+            leader.cancel()
+            await asyncio.gather(leader, return_exceptions=True)
+        finally:
+            await api.close()  # type: ignore[no-untyped-call]
+
+    async def _lost(self) -> None:
+        fence_off("the leader lease was lost")
+
+    async def _lead(self, cluster: kube.KubeCluster) -> None:
+        loop = asyncio.get_running_loop()
+        s, cache = self._settings, Cache()
+        gate = IdentityGate(cluster, namespace=s.namespace, service_account=s.service_account)
+        operator = self.operator = Operator(
+            cluster=cluster,
+            store=self._store,
+            cache=cache,
+            gate=gate,
+            clock=self._clock,
+            resync_seconds=s.resync_seconds,
+            observe=_observe_kube,
+            reconciler=lambda add_later: Reconciler(
+                cluster=cluster,
+                store=self._store,
+                cache=cache,
+                gate=gate,
+                policies=self._policies,
+                clock=self._clock,
+                reporter=s.pod_name,
+                allow_loopback_http=s.workspace_loopback_http,
+                add_later=add_later,
+                observe=_observe_kube,
+            ),
+        )
+
+        def seen(plural: str, kind: str | None, obj: Mapping[str, Any]) -> None:
+            loop.call_soon_threadsafe(operator.saw, plural, kind, obj)
+
+        def notified(uid: str | None) -> None:
+            loop.call_soon_threadsafe(operator.notify, uid)
+
+        self.watch = Watch(seen=seen, failed=fence_off, in_cluster=s.kubeconfig is None)
+        listener = Listener(s.database_url, notified)
+        self.watch.start()
+        listener.start()
+        self.leading = True
+        log.info("leading", extra={"identity": s.pod_name})
+        try:
+            await operator.run()
+        except Exception as e:
+            log.exception("control loop failed")
+            fence_off(f"control loop failed: {e}")
+        finally:
+            self.leading = False
+            await asyncio.to_thread(self.watch.stop)
+            await asyncio.to_thread(listener.stop)
+
+    # ------------------------------------------------------------------ what health and metrics ask
+
+    def alive(self) -> str | None:
+        """Leading without a watch is a reason to restart."""
+        if self.leading and self.watch is not None and not self.watch.alive:
+            return "the watch thread has ended"
+        return None
+
+    def ready(self) -> str | None:
+        """A follower is ready, too; a leader once it has listed everything."""
+        if self.leading and self.operator is not None and self.operator.last_resync is None:
+            return "the first listing is not done"
+        return None
+
+    def collect(self) -> None:
+        """Refresh the gauges that only the leader reports."""
+        if not self.leading or self.operator is None:
+            return
+        now, operator = self._clock.monotonic(), self.operator
+        for plural in KINDS:
+            last = max(operator.last_event.get(plural, 0.0), operator.last_resync or 0.0)
+            metrics.WATCH_STALENESS.labels(plural).set(now - last if last else 0.0)
+        found = gauges.read(self._pool, app_version=self._settings.app_version)
+        _set(metrics.QUEUE_DEPTH, {key: float(n) for key, n in found.depth.items()})
+        _set(metrics.QUEUE_OLDEST, {(queue,): age for queue, age in found.oldest.items()})
+        _set(metrics.INTENTS, {(status,): float(n) for status, n in found.runs.items()})
+        _set(metrics.RUN_AGE, {(status,): age for status, age in found.run_age.items()})
+        _set(metrics.STRANDED, {("version",): float(sum(found.stranded.values()))})
+
+
+def _set(gauge: Gauge, values: dict[tuple[str, ...], float]) -> None:
+    gauge.clear()
+    for labels, value in values.items():
+        gauge.labels(*labels).set(value)
+
+
+def _observe_kube(what: str, value: float) -> None:
+    if what == "identity_enforced":
+        metrics.IDENTITY_ENFORCED.set(value)
+    elif what == "reconcile":
+        metrics.RECONCILE_SECONDS.observe(value)
+    elif what == "status_lag":
+        metrics.STATUS_LAG.observe(value)
