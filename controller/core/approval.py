@@ -20,6 +20,7 @@ INLINE_BYTES = (
 )  # tasks and diff each; with the texts, the goal and the file list a PlanApproval stays under 64 KiB
 TEXT_BYTES = 12 * 1024  # summary, design, files, risks and tests together, as people see them
 FILES_BYTES = 4 * 1024
+PART_BYTES = 900 * 1024  # what one ConfigMap takes
 TEXTS = ("summary", "design", "files", "risks", "tests")
 PART_KEY = "content"
 

@@ -10,12 +10,15 @@ from defusedxml.ElementTree import fromstring
 
 
 def summary(report: bytes) -> Mapping[str, int] | None:
-    """{tests, failures} summed over all suites (errors count as failures); None when it is not a JUnit report."""
+    """{tests, failures} of the outermost suites, which count their inner ones; None when it is not a JUnit report.
+
+    Errors count as failures.
+    """
     try:
         root = fromstring(report.decode("utf-8", "replace"))
     except (ParseError, DefusedXmlException, ValueError):
         return None
-    suites = [root] if root.tag == "testsuite" else list(root.iter("testsuite")) if root.tag == "testsuites" else []
+    suites = [root] if root.tag == "testsuite" else root.findall("testsuite") if root.tag == "testsuites" else []
     if not suites:
         return None
     total = {"tests": 0, "failures": 0}

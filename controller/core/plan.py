@@ -121,7 +121,7 @@ def decide(world: World) -> tuple[Action, ...]:
     """What to do now, in order. At most one action changes the database; after it, look again."""
     if world.intent.deleting:
         return _deleting(world)
-    if _store_behind(world):
+    if _store_behind(world) or _consumed_before(world):
         return _write(
             world, projection.stalled(world.intent, reason="StoreBehind", store_id=world.store_id, now=world.now)
         )
@@ -137,6 +137,14 @@ def _store_behind(world: World) -> bool:
         return False
     started = bool(world.intent.status.get("runId"))
     return known != world.store_id or (world.run is None and started)
+
+
+def _consumed_before(world: World) -> bool:
+    """This plan waits, and its approval was used already: the database is an older copy. Never consumed again (law 10)."""
+    run, approval = world.run, world.approval
+    if run is None or approval is None or run.status is not Status.WAITING_INPUT or world.intent.spec.get("cancel"):
+        return False
+    return approval.uid == run.approval_uid and "consumedBy" in approval.status
 
 
 def _deleting(world: World) -> tuple[Action, ...]:
@@ -192,9 +200,9 @@ def _waiting(world: World, run: Run) -> Action | None:
     if run.approval_deadline is not None and world.now >= run.approval_deadline:
         return Expire()
     approval = world.approval
-    if run.approval_uid is None or approval is None:
+    if run.approval_uid is None or approval is None or approval.uid != run.approval_uid:
         return CreateApproval(name=run.approval_name or "")
-    if approval.uid != run.approval_uid or approval.problem is not None:
+    if approval.problem is not None:
         return None
     rejections = tuple(v for v in approval.votes if v.verdict == "Reject")
     if rejections:
@@ -207,6 +215,8 @@ def _waiting(world: World, run: Run) -> Action | None:
 
 def countable(votes: tuple[Vote, ...], run: Run) -> tuple[Vote, ...]:
     """Approvals that count towards the quorum: one per person, the requester's only where the policy lets them."""
+    if not run.settings.allow_requester and not run.requested_by:
+        return ()  # nobody knows whom to exclude
     seen: dict[str, Vote] = {}
     for vote in votes:
         if vote.verdict == "Approve" and (run.settings.allow_requester or vote.approver != run.requested_by):

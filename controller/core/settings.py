@@ -5,6 +5,7 @@ The result is stored with the run and goes into the digest; nothing reads the In
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,10 +108,11 @@ def _admit(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def cpu_millis(quantity: str) -> int:
     """Kubernetes CPU quantity in thousandths: `1` is 1000, `250m` is 250."""
-    try:
-        return int(quantity[:-1]) if quantity.endswith("m") else int(float(quantity) * 1000)
-    except ValueError as e:
-        raise InvalidIntent("spec.sandbox.cpu", f"{quantity!r} is not a CPU quantity such as 1 or 250m") from e
+    if re.fullmatch(r"[0-9]{1,7}m", quantity):
+        return int(quantity[:-1])
+    if re.fullmatch(r"[0-9]{1,4}([.][0-9]{1,3})?", quantity):
+        return round(float(quantity) * 1000)
+    raise InvalidIntent("spec.sandbox.cpu", f"{quantity!r} is not a CPU quantity such as 1 or 250m")
 
 
 _UNITS = {"Ki": 1 / 1024, "Mi": 1, "Gi": 1024, "M": 1000 * 1000 / 1048576, "G": 1000**3 / 1048576}

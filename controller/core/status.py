@@ -11,6 +11,7 @@ from typing import Any
 
 from controller.core.phases import Stage, Status
 from controller.core.run import Approval, Intent, Run
+from controller.core.visible import visible
 
 MAX_FAILURES = 10
 MAX_MESSAGE = 256
@@ -38,6 +39,9 @@ REASONS = {
     "Expired": "nobody approved the plan in time",
     "Canceled": "spec.cancel is true",
     "Deleted": "the Intent was deleted",
+    "Accepted": "the spec is valid",
+    "PlanReady": "the plan can be reviewed",
+    "QuorumReached": "enough people approved the plan",
     "NoReason": "",
 }
 
@@ -51,7 +55,7 @@ def _condition(
         "type": kind,
         "status": value,
         "reason": reason,
-        "message": (message or REASONS.get(reason, ""))[:1024],
+        "message": visible(message or REASONS.get(reason, ""))[:1024],
         "lastTransitionTime": at,
         "observedGeneration": generation,
     }
@@ -150,7 +154,7 @@ def of_run(
         "plan": _plan(run),
         "tasks": _tasks(run),
         "failures": [
-            {"task": f.task, "errCode": f.err_code, "message": f.message[:MAX_MESSAGE]}
+            {"task": f.task, "errCode": f.err_code, "message": visible(f.message)[:MAX_MESSAGE]}
             for f in run.tasks.failures[:MAX_FAILURES]
         ],
         "result": dict(run.result) if run.result else None,
@@ -170,7 +174,7 @@ def _plan(run: Run) -> dict[str, Any] | None:
         "digest": run.digest,
         "approvalName": run.approval_name,
         "taskCount": len(run.plan["tasks"]),
-        "summary": str(run.plan["summary"])[:1024],
+        "summary": visible(str(run.plan["summary"]))[:1024],
     }
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controller.core.errors import Permanent
 from controller.core.settings import Policy
 
-_FIELDS = {
-    "required": int,
-    "allowRequester": bool,
-    "templates": list,
-    "egress": list,
-    "maxPriority": int,
-    "recipes": list,
-    "maxExecutions": int,
-}
+
+class _Rules(BaseModel):
+    """One namespace's policy in the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    required: Annotated[int, Field(ge=1, le=8)]
+    allowRequester: bool
+    templates: Annotated[list[str], Field(min_length=1)]
+    egress: Annotated[list[str], Field(min_length=1)]
+    maxPriority: int
+    recipes: Annotated[list[str], Field(min_length=1)]
+    maxExecutions: Annotated[int, Field(ge=1, le=100)]
 
 
 class Policies:
@@ -32,26 +37,31 @@ class Policies:
         except (OSError, yaml.YAMLError) as e:
             raise Permanent(f"POLICY_FILE {path}: {e}") from e
         self._sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self._default: dict[str, Any] = (document or {}).get("default") or {}
-        self._namespaces: dict[str, dict[str, Any]] = (document or {}).get("namespaces") or {}
+        if document is None:
+            document = {}
+        if not isinstance(document, dict):
+            raise Permanent(f"POLICY_FILE {path}: must hold `default:` and `namespaces:`")
+        self._default: dict[str, Any] = document.get("default") or {}
+        self._namespaces: dict[str, dict[str, Any]] = document.get("namespaces") or {}
         for namespace in ("", *self._namespaces):
             self.of(namespace)
 
     def of(self, namespace: str) -> Policy:
         """The policy of one namespace: its own fields over the default's. Raises Permanent naming a bad field."""
         merged = {**self._default, **(self._namespaces.get(namespace) or {})}
-        for name, kind in _FIELDS.items():
-            if not isinstance(merged.get(name), kind):
-                raise Permanent(
-                    f"POLICY_FILE: {namespace or 'default'}.{name} must be a {kind.__name__}, not {merged.get(name)!r}"
-                )
+        try:
+            rules = _Rules.model_validate(merged)
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise Permanent(f"POLICY_FILE: {namespace or 'default'}.{field}: {first['msg']}") from e
         return Policy(
-            required=merged["required"],
-            allow_requester=merged["allowRequester"],
-            templates=tuple(merged["templates"]),
-            egress=tuple(merged["egress"]),
-            max_priority=merged["maxPriority"],
-            recipes=tuple(merged["recipes"]),
-            max_executions=merged["maxExecutions"],
+            required=rules.required,
+            allow_requester=rules.allowRequester,
+            templates=tuple(rules.templates),
+            egress=tuple(rules.egress),
+            max_priority=rules.maxPriority,
+            recipes=tuple(rules.recipes),
+            max_executions=rules.maxExecutions,
             sha256=self._sha256,
         )

@@ -8,10 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from controller.core.digest import canonical
 from controller.core.errors import InvalidIntent
 from controller.core.settings import Policy, Settings, effective
 from controller.core.visible import first_hidden
 from controller.kube.crd import MAX_FREE_JSON_BYTES, IntentSpec
+
+MAX_GOAL_BYTES = 8 * 1024
 
 
 def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool) -> Settings:
@@ -23,7 +26,12 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
         raise InvalidIntent(".".join(["spec", *map(str, first["loc"])]), str(first["msg"])) from e
     if (mark := first_hidden(str(spec["goal"]))) is not None:
         raise InvalidIntent("spec.goal", f"holds the hidden character {mark}; whoever approves must see what was asked")
+    if (size := len(str(spec["goal"]).encode())) > MAX_GOAL_BYTES:
+        raise InvalidIntent("spec.goal", f"{size} bytes; at most {MAX_GOAL_BYTES} are possible")
+    if "\0" in str(spec.get("requestedBy", "")):
+        raise InvalidIntent("spec.requestedBy", "holds a NUL")
     for field in ("inputs", "constraints"):
+        _storable(f"spec.{field}", spec.get(field, {}))
         size = len(json.dumps(spec.get(field, {}), ensure_ascii=False).encode())
         if size > MAX_FREE_JSON_BYTES:
             raise InvalidIntent(f"spec.{field}", f"{size} bytes of JSON; at most {MAX_FREE_JSON_BYTES} are possible")
@@ -37,3 +45,14 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
             "spec.workspace.git.url", "must be https://; http to loopback is a development setting of the controller"
         )
     return effective(spec, namespace=namespace, policy=policy)
+
+
+def _storable(field: str, value: Any) -> None:
+    try:
+        text = canonical(value)
+    except ValueError as e:
+        raise InvalidIntent(
+            field, f"{e}; numbers must be exact in JSON (whole ones up to 2^53), text must be valid Unicode"
+        ) from e
+    if b"\\u0000" in text:
+        raise InvalidIntent(field, "holds a NUL, which no database can carry")

@@ -123,23 +123,8 @@ class LocalProvider:
     ) -> tuple[SBXRes, Sequence[Artifact]]:
         started = time.monotonic()
         capture = Capture(emit, limit=self._output_limit)
-        found: Sequence[Artifact] = ()
         facts = _Facts()
-        try:
-            template = self.check(request)
-            if complaint := self._verifier.complaint(request, files):
-                verdict = Verdict(code=ErrCode.UPLOAD_FAIL, note=complaint)
-            else:
-                with self._task(request, template, owner, capture, canceled) as task:
-                    facts.ref = f"local:{platform.node()}/{task.cell.box.name}"
-                    verdict, found = self._phases(task, files)
-                    facts.read(task)
-        except NoFreeUid as e:
-            verdict = Verdict(code=ErrCode.CANCELED if canceled() else ErrCode.BOOT_FAIL, note=str(e))
-        except (InvalidIntent, Unavailable) as e:
-            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
-        except OSError as e:
-            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be made: {e}")
+        verdict, found = self._attempt(request, owner, files, capture, canceled, facts)
         if verdict.note:
             capture.note(verdict.note)
         wall = time.monotonic() - started
@@ -173,6 +158,32 @@ class LocalProvider:
     def owned(self, store_id: str) -> Sequence[Owner]:
         mine = (box for box in self._boxes.all() if box.owner.store_id == store_id)
         return [box.owner for box in mine if _lives(box)]
+
+    def _attempt(
+        self,
+        request: SBXReq,
+        owner: Owner,
+        files: Mapping[str, bytes],
+        capture: Capture,
+        canceled: Callable[[], bool],
+        facts: _Facts,
+    ) -> tuple[Verdict, Sequence[Artifact]]:
+        """One box from making to removing; what keeps it from being made is a BOOT_FAIL."""
+        try:
+            template = self.check(request)
+            if complaint := self._verifier.complaint(request, files):
+                return Verdict(code=ErrCode.UPLOAD_FAIL, note=complaint), ()
+            with self._task(request, template, owner, capture, canceled) as task:
+                facts.ref = f"local:{platform.node()}/{task.cell.box.name}"
+                verdict, found = self._phases(task, files)
+                facts.read(task)
+                return verdict, found
+        except NoFreeUid as e:
+            return Verdict(code=ErrCode.CANCELED if canceled() else ErrCode.BOOT_FAIL, note=str(e)), ()
+        except (InvalidIntent, Unavailable) as e:
+            return Verdict(code=ErrCode.BOOT_FAIL, note=str(e)), ()
+        except OSError as e:
+            return Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be made: {e}"), ()
 
     def _phases(self, task: Task, files: Mapping[str, bytes]) -> tuple[Verdict, Sequence[Artifact]]:
         with self._timed("upload"):

@@ -14,10 +14,13 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from controller.core import prompt as prompts
+from controller.core.approval import PART_BYTES, TEXT_BYTES, text_bytes
 from controller.core.contract import CompileTurn, Need, PlanOutput
+from controller.core.digest import canonical
 from controller.core.errors import InvalidPlan, Permanent, WorkspaceRefused
 from controller.core.model import GitSource, TurnReply, TurnRequest
 from controller.core.prompt import Served
+from controller.core.visible import first_hidden
 from controller.ports import AgentServer, Workspace
 
 MAP_BYTES = 32 * 1024
@@ -224,6 +227,7 @@ def validate(structured: Any, *, max_tasks: int) -> CompileTurn:
         raise InvalidPlan(f"kind {turn.kind!r} goes with {turn.kind!r} and nothing else")
     if turn.plan is not None:
         _check_tasks(turn.plan, max_tasks=max_tasks)
+        _check_shown(turn.plan)
     return turn
 
 
@@ -237,6 +241,21 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def _check_shown(plan: PlanOutput) -> None:
+    """People must be able to see exactly what they approve: bounded texts, and nothing hidden in what runs."""
+    value = plan.model_dump(mode="json", by_alias=True)
+    if (size := text_bytes(value)) > TEXT_BYTES:
+        raise InvalidPlan(
+            f"plan: summary, design, files, risks and tests take {size} bytes; at most {TEXT_BYTES} can be shown"
+        )
+    if (size := len(canonical(value["tasks"]))) > PART_BYTES:
+        raise InvalidPlan(f"plan.tasks: {size} bytes; at most {PART_BYTES} can be shown")
+    for task in plan.tasks:
+        mark = first_hidden(task.title + task.command)
+        if mark is not None:
+            raise InvalidPlan(f"plan.tasks: {task.id} holds the hidden character {mark}; people must see what runs")
 
 
 def _check_tasks(plan: PlanOutput, *, max_tasks: int) -> None:

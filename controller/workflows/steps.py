@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.core import digest as digests
-from controller.core.approval import TEXT_BYTES, text_bytes
+from controller.core.approval import PART_BYTES
 from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidPlan
 from controller.core.model import Artifact, GitSource, Patch
 from controller.core.prompt import PROMPT_VERSION
-from controller.core.visible import first_hidden
+from controller.core.visible import visible
 from controller.core.work import Context
 from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
 from controller.workflows.parts import Parts
@@ -80,6 +80,8 @@ def apply_patch_st(me: Parts, ctx: Context) -> str:
 
     def action() -> Tracked:
         final, patch = _patched(me, ctx, commit, plan)
+        if (size := len(visible(patch.diff.decode("utf-8", "replace")).encode())) > PART_BYTES:
+            raise InvalidPlan(f"the diff takes {size} bytes; at most {PART_BYTES} can be shown to whoever approves it")
         me.store.put_blob(patch.diff)
         output = {
             "patchSha256": patch.sha256,
@@ -173,18 +175,9 @@ def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str,
 
 
 def bounded(plan: PlanOutput, ctx: Context) -> dict[str, Any]:
-    """The plan as JSON, each task's time cut to the Intent's ceiling. Raises InvalidPlan for what people could not be shown exactly."""
+    """The plan as JSON, each task's time cut to the Intent's ceiling."""
     value = plain(plan)
-    if (size := text_bytes(value)) > TEXT_BYTES:
-        raise InvalidPlan(
-            f"summary, design, files, risks and tests take {size} bytes; at most {TEXT_BYTES} can be shown"
-        )
     for task in value["tasks"]:
-        for field in ("title", "command"):
-            if (mark := first_hidden(task[field])) is not None:
-                raise InvalidPlan(
-                    f"tasks[{task['id']}].{field} holds the hidden character {mark}; people must see what runs"
-                )
         task["timeoutSeconds"] = min(task["timeoutSeconds"], ctx.settings.task_timeout_seconds)
     return value
 

@@ -14,7 +14,7 @@ from controller.core.phases import Stage, Status
 from controller.core.run import Approval, Intent, Run, Vote
 from controller.core.settings import Policy, Settings, effective
 from controller.core.taskkey import task_key
-from controller.core.work import Outcome
+from controller.core.work import Context, Outcome
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 DEADLINE = NOW + timedelta(hours=1)
@@ -153,6 +153,31 @@ def planned_run(
         started_at=NOW,
         commit_id="c" * 40,
         reason="plan_not_approved" if status is Status.WAITING_INPUT else None,
+    )
+    return replace(plain, **changes)
+
+
+def context(**changes: Any) -> Context:
+    """What a workflow knows of a run that is planning."""
+    plain = Context(
+        run_id=digests.run_id(UID),
+        intent_id=UID,
+        intent_name="fix-median",
+        namespace="team",
+        status=Status.RUNNING,
+        stage=Stage.PLAN,
+        goal="median() is wrong",
+        inputs={},
+        constraints={},
+        workspace=None,
+        settings=settings(),
+        plan_no=1,
+        execution_no=0,
+        total=0,
+        feedback=None,
+        digest=None,
+        record=None,
+        patch_sha256=None,
     )
     return replace(plain, **changes)
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from controller.core import approval as approvals
 from controller.core import digest as digests
+from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidIntent, InvalidPlan
 from controller.core.visible import hidden
 from controller.kube import objects, spec
 from controller.kube.crd_approval import PlanApprovalSpec
-from controller.workflows.compile import validate
-from tests.support.builders import DIFF, POLICY, intent, mutants, plan, planned_run, shown, task
+from controller.workflows import steps
+from tests.support.builders import DIFF, POLICY, context, intent, mutants, plan, planned_run, shown, task
 
 KIB = 1024
 BIDI = "access \u202e// nimda\u202c\u200b\x1b[2J"
@@ -32,6 +33,11 @@ def big(tasks: int, diff: bytes = DIFF, **changes: Any) -> approvals.Shown:
 
 def live(expected: approvals.Shown, **other: Any) -> dict[str, Any]:
     return {"spec": {**expected.spec, "decisions": [{"approver": "a", "verdict": "Approve"}], **other}}
+
+
+def output(tasks: list[dict[str, Any]], **changes: Any) -> PlanOutput:
+    answer = {k: v for k, v in plan(tasks, **changes).items() if k != "patch"}
+    return PlanOutput.model_validate(answer)
 
 
 def bytes_of(expected: approvals.Shown) -> int:
@@ -158,9 +164,14 @@ def test_hidden_characters_of_the_diff_are_spelled_out(lines: int) -> None:
 @pytest.mark.parametrize("field", ["title", "command"])
 def test_a_task_with_hidden_characters_never_becomes_a_plan(field: str) -> None:
     """Tasks are shown as they run, because the digest is recomputed from them: so they must have nothing to hide (law 13)."""
-    answer = {k: v for k, v in plan([task(**{field: BIDI})]).items() if k != "patch"}
     with pytest.raises(InvalidPlan, match=r"U\+202E"):
-        validate({"kind": "plan", "plan": answer}, max_tasks=10)
+        steps.bounded(output([task(**{field: BIDI})]), context())
+
+
+def test_texts_that_cannot_be_shown_never_become_a_plan() -> None:
+    with pytest.raises(InvalidPlan, match="can be shown"):
+        steps.bounded(output([task()], tests=["\x1b" * 100] * 100), context())
+    assert steps.bounded(output([task()]), context())["tasks"] == [task()]
 
 
 # ------------------------------------------------------------------ the CRD

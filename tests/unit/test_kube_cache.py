@@ -1,0 +1,76 @@
+"""The cache keeps the newest version that was seen, whatever the order in which versions are seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+
+from controller.kube.cache import Cache
+
+
+def thing(version: int, *, uid: str = "u", name: str = "n", of: str = "i", **meta: Any) -> dict[str, Any]:
+    metadata = {"uid": uid, "name": name, "namespace": "ns", "resourceVersion": str(version), **meta}
+    return {"metadata": metadata, "spec": {"intent": {"uid": of}}, "status": {"v": version}}
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=6))
+@hypothesis(max_examples=60, deadline=None)
+def test_the_newest_version_wins_in_any_order(versions: list[int]) -> None:
+    cache = Cache()
+    for version in versions:
+        assert cache.saw_intent(thing(version)) == "u"
+        assert cache.saw_approval(thing(version)) == "i"
+    for found in (cache.intent("u"), cache.approval("ns", "n")):
+        assert found is not None and found["status"]["v"] == max(versions)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    cache = Cache()
+    cache.saw_intent(thing(10))
+    cache.saw_intent(thing(9))
+    found = cache.intent("u")
+    assert found is not None and found["status"]["v"] == 10
+
+
+def test_managed_fields_are_not_kept() -> None:
+    cache = Cache()
+    cache.saw_intent(thing(1, managedFields=[{"manager": "kubectl"}]))
+    found = cache.intent("u")
+    assert found is not None and "managedFields" not in found["metadata"]
+
+
+def test_an_approval_made_again_under_its_name_replaces_the_old_one() -> None:
+    cache = Cache()
+    cache.saw_approval(thing(5, uid="old"))
+    cache.saw_approval(thing(6, uid="new"))
+    found = cache.approval("ns", "n")
+    assert found is not None and found["metadata"]["uid"] == "new"
+
+
+def test_news_of_an_approval_that_was_replaced_come_too_late() -> None:
+    """resourceVersions of one kind are comparable across objects (KEP-5504), so the older one is known to be older."""
+    cache = Cache()
+    cache.saw_approval(thing(6, uid="new"))
+    cache.saw_approval(thing(5, uid="old"))
+    found = cache.approval("ns", "n")
+    assert found is not None and found["metadata"]["uid"] == "new"
+
+
+def test_the_end_of_an_approval_that_was_replaced_does_not_drop_its_successor() -> None:
+    cache = Cache()
+    cache.saw_approval(thing(6, uid="new"))
+    assert cache.lost_approval(thing(5, uid="old")) == "i"
+    assert cache.approval("ns", "n") is not None
+
+
+def test_what_is_lost_is_gone() -> None:
+    cache = Cache()
+    cache.saw_intent(thing(1))
+    cache.saw_approval(thing(1))
+    cache.lost_intent("u")
+    assert cache.lost_approval(thing(2)) == "i"
+    assert cache.intent("u") is None and cache.approval("ns", "n") is None and list(cache.intents()) == []
+    cache.lost_intent("u")
