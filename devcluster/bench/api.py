@@ -53,7 +53,9 @@ class Api:
     async def __aenter__(self) -> Api:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
         await self._session.close()
 
     async def send(self, verb: str, path: str, *, body: Any = None, content_type: str = "application/json") -> Any:
@@ -121,7 +123,9 @@ class Phases:
         self._task = asyncio.create_task(self._read(answer))
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

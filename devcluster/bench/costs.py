@@ -45,7 +45,6 @@ class Meter:
         self._processes = {
             "controller": psutil.Process(controller.child.pid),
             "PostgreSQL": psutil.Process(stack.postgres.child.pid),
-            "bench client": psutil.Process(),
             **{name: psutil.Process(child.pid) for name, child in stack.cluster.children.items()},
         }
 
@@ -66,6 +65,8 @@ class Meter:
         ).fetchone()
         assert row is not None
         cpu = {name: _seconds(process) for name, process in self._processes.items()}
+        own = psutil.Process().cpu_times()  # without its children, which are all of the above
+        cpu["bench client"] = own.user + own.system
         return Spent(at=time.monotonic(), commits=float(row[0]), transaction_ids=float(row[1]), cpu=cpu)
 
     def memory_mib(self) -> float:

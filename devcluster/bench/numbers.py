@@ -63,13 +63,29 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[rank - 1]
 
 
-def latency_rows(key: str, what: str, seconds: Sequence[float], *, goals: tuple[float, float] | None = None) -> list[Row]:
+def latency_rows(
+    key: str, what: str, seconds: Sequence[float], *, goals: tuple[float, float] | None = None
+) -> list[Row]:
     """p50 and p95 in milliseconds."""
     p50, p95 = goals or (None, None)
     note = f"n={len(seconds)}"
     return [
-        Row(key=f"{key}_p50_ms", what=f"{what}, p50", value=percentile(seconds, 50) * 1000, unit="ms", goal=p50, note=note),
-        Row(key=f"{key}_p95_ms", what=f"{what}, p95", value=percentile(seconds, 95) * 1000, unit="ms", goal=p95, note=note),
+        Row(
+            key=f"{key}_p50_ms",
+            what=f"{what}, p50",
+            value=percentile(seconds, 50) * 1000,
+            unit="ms",
+            goal=p50,
+            note=note,
+        ),
+        Row(
+            key=f"{key}_p95_ms",
+            what=f"{what}, p95",
+            value=percentile(seconds, 95) * 1000,
+            unit="ms",
+            goal=p95,
+            note=note,
+        ),
     ]
 
 

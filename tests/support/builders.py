@@ -55,7 +55,7 @@ def intent(spec: Mapping[str, Any] | None = None, **changes: Any) -> Intent:
     return replace(plain, **changes)
 
 
-def task(number: int = 0, **changes: Any) -> dict[str, Any]:
+def task(number: int = 0, /, **changes: Any) -> dict[str, Any]:
     """One task of a plan as JSON."""
     return {
         "id": f"t{number}",

@@ -20,8 +20,8 @@ from controller.core.errors import InvalidIntent, InvalidPlan
 from controller.core.visible import hidden
 from controller.kube import objects, spec
 from controller.kube.crd_approval import PlanApprovalSpec
-from controller.workflows import steps
-from tests.support.builders import DIFF, POLICY, context, intent, mutants, plan, planned_run, shown, task
+from controller.workflows.compile import validate
+from tests.support.builders import DIFF, POLICY, intent, mutants, plan, planned_run, shown, task
 
 KIB = 1024
 BIDI = "access \u202e// nimda\u202c\u200b\x1b[2J"
@@ -35,9 +35,12 @@ def live(expected: approvals.Shown, **other: Any) -> dict[str, Any]:
     return {"spec": {**expected.spec, "decisions": [{"approver": "a", "verdict": "Approve"}], **other}}
 
 
-def output(tasks: list[dict[str, Any]], **changes: Any) -> PlanOutput:
+def answered(tasks: list[dict[str, Any]], **changes: Any) -> PlanOutput:
+    """The plan of a model's answer. Raises InvalidPlan, which is quoted back to the model."""
     answer = {k: v for k, v in plan(tasks, **changes).items() if k != "patch"}
-    return PlanOutput.model_validate(answer)
+    turn = validate({"kind": "plan", "plan": answer}, max_tasks=10_000)
+    assert turn.plan is not None
+    return turn.plan
 
 
 def bytes_of(expected: approvals.Shown) -> int:
@@ -137,8 +140,24 @@ def test_the_object_stays_under_64_kib_when_everything_is_as_long_as_it_may_be(l
     assert bytes_of(expected) < 64 * KIB
 
 
-def test_each_config_map_is_one_that_kubernetes_takes() -> None:
+def test_tasks_that_no_config_map_can_hold_never_become_a_plan() -> None:
     tasks = [task(n, command="c" * 4096) for n in range(1000)]
+    with pytest.raises(InvalidPlan):
+        answered(tasks)
+    held = answered(tasks[:200])
+    expected = shown(planned_run(plan_json=plan([t.model_dump(mode="json", by_alias=True) for t in held.tasks])))
+    assert expected.parts and all(len(text.encode()) < KIB * KIB for text in expected.parts.values())
+
+
+def test_as_many_short_tasks_as_a_plan_may_have_fit_into_a_config_map() -> None:
+    """They are written with line feeds and spaces, for people: longer than the canonical form that is measured."""
+    for count in (10_000, 9_500, 9_000, 8_000):
+        tasks = [task(n) for n in range(count)]
+        try:
+            answered(tasks)
+        except InvalidPlan:
+            continue
+        break
     expected = shown(planned_run(plan_json=plan(tasks)))
     assert all(len(text.encode()) < KIB * KIB for text in expected.parts.values())
 
@@ -165,13 +184,13 @@ def test_hidden_characters_of_the_diff_are_spelled_out(lines: int) -> None:
 def test_a_task_with_hidden_characters_never_becomes_a_plan(field: str) -> None:
     """Tasks are shown as they run, because the digest is recomputed from them: so they must have nothing to hide (law 13)."""
     with pytest.raises(InvalidPlan, match=r"U\+202E"):
-        steps.bounded(output([task(**{field: BIDI})]), context())
+        answered([task(**{field: BIDI})])
 
 
 def test_texts_that_cannot_be_shown_never_become_a_plan() -> None:
     with pytest.raises(InvalidPlan, match="can be shown"):
-        steps.bounded(output([task()], tests=["\x1b" * 100] * 100), context())
-    assert steps.bounded(output([task()]), context())["tasks"] == [task()]
+        answered([task()], tests=["\x1b" * 100] * 100)
+    assert answered([task()]).tasks[0].id == "t0"
 
 
 # ------------------------------------------------------------------ the CRD

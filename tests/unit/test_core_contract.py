@@ -46,7 +46,7 @@ def test_no_golden_file_is_left_over() -> None:
 
 @pytest.mark.parametrize("code", list(ErrCode))
 def test_only_infrastructure_is_tried_again(code: ErrCode) -> None:
-    assert code.retryable == (code.value in "BOOT_FAIL NET_FAIL UPLOAD_FAIL DOWNLOAD_FAIL LOST".split())
+    assert code.retryable == (code.value in ["BOOT_FAIL", "NET_FAIL", "UPLOAD_FAIL", "DOWNLOAD_FAIL", "LOST"])
 
 
 def test_the_wire_is_camel_case_and_closed() -> None:

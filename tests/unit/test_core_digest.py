@@ -21,7 +21,7 @@ VECTORS: list[tuple[Any, str, str]] = [
     (
         {
             "numbers": [333333333.33333329, 1e30, 4.50, 2e-3, 0.000000000000000000000000001],
-            "string": f"{EURO}$\x0f\nA'B\"\\\\\"/",
+            "string": f'{EURO}$\x0f\nA\'B"\\\\"/',
             "literals": [None, True, False],
         },
         '{"literals":[null,true,false],"numbers":[333333333.3333333,1e+30,4.5,0.002,1e-27],'
@@ -118,9 +118,7 @@ def test_other_bytes_anywhere_give_another_digest(one: str, other: str, where: s
         tasks = [task(**({where: text} if where in ("command", "title") else {}))]
         more = execution(**({where: text} if where == "template" else {}))
         goal, patch = (text if where == name else "x" for name in ("goal", "patch"))
-        return digests.plan_digest(
-            digests.execution_record(goal=goal, tasks=tasks, patch_sha256=patch, execution=more)
-        )
+        return digests.plan_digest(digests.execution_record(goal=goal, tasks=tasks, patch_sha256=patch, execution=more))
 
     assert (digest(one) == digest(other)) == (one == other)
 

@@ -63,7 +63,9 @@ def test_an_approval_tells_who_approved() -> None:
         (planned_run(Status.EXPIRED), [("Expired", True)]),
         (planned_run(Status.CANCELED, Stage.EXECUTE), [("Canceled", False)]),
         (
-            planned_run(Status.FAILED, Stage.FINISH, reason="TaskFailed", tasks=Tasks(total=2, failed=2, failures=FAILURES)),
+            planned_run(
+                Status.FAILED, Stage.FINISH, reason="TaskFailed", tasks=Tasks(total=2, failed=2, failures=FAILURES)
+            ),
             [("TaskFailed", True), ("TaskFailed", True), ("Failed", True)],
         ),
         (planned_run(Status.RETRIES_EXCEEDED, Stage.FINISH, reason="InfrastructureFailed"), [("Failed", True)]),

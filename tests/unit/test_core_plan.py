@@ -102,7 +102,9 @@ def test_an_invalid_spec_is_refused_with_the_words_of_the_problem() -> None:
     ],
     ids=["another store, no row", "another store, a row", "this store, but the row is gone"],
 )
-def test_a_past_of_another_store_stalls_until_a_person_acknowledges(status: dict[str, Any], started: Run | None) -> None:
+def test_a_past_of_another_store_stalls_until_a_person_acknowledges(
+    status: dict[str, Any], started: Run | None
+) -> None:
     of = intent(status=status, has_finalizer=True)
     actions = decide(world(of, started))
     assert kinds(actions) == ["WriteStatus"]
@@ -221,9 +223,7 @@ def test_without_proven_identity_nothing_is_consumed_and_people_are_told() -> No
 
 @pytest.mark.parametrize("status", sorted(set(Status) - TERMINAL - {Status.CANCELING}))
 def test_cancel_stops_every_open_run_once(status: Status) -> None:
-    assert decide(world(intent({"cancel": True}, has_finalizer=True), run(status))) == (
-        plan.Cancel(reason="Canceled"),
-    )
+    assert decide(world(intent({"cancel": True}, has_finalizer=True), run(status))) == (plan.Cancel(reason="Canceled"),)
     canceling = decide(world(intent({"cancel": True}, has_finalizer=True), run(Status.CANCELING)))
     assert kinds(canceling) == ["WriteStatus"]
 
@@ -277,7 +277,9 @@ def test_the_finalizer_goes_when_the_run_has_ended() -> None:
 def test_a_retry_reopens_what_may_be_reopened(status: Status, stage: Stage, retried: bool) -> None:
     actions = decide(world(intent({"retry": 1}, has_finalizer=True), run(status, stage)))
     assert (plan.Retry(count=1) in actions) == retried
-    assert "Retry" not in kinds(decide(world(intent({"retry": 1}, has_finalizer=True), run(status, stage, retry_count=1))))
+    assert "Retry" not in kinds(
+        decide(world(intent({"retry": 1}, has_finalizer=True), run(status, stage, retry_count=1)))
+    )
 
 
 def test_a_retry_waits_for_the_finalizer() -> None:
@@ -313,7 +315,9 @@ STAGES = {
     Status.EXPIRED: [Stage.APPROVE],
 }
 votes = st.lists(
-    st.builds(vote, st.sampled_from(["alice@corp", "bob@corp", CAROL]), st.sampled_from(["Approve", "Approve", "Reject"])),
+    st.builds(
+        vote, st.sampled_from(["alice@corp", "bob@corp", CAROL]), st.sampled_from(["Approve", "Approve", "Reject"])
+    ),
     max_size=4,
 )
 counts = st.builds(
@@ -321,9 +325,9 @@ counts = st.builds(
     total=st.integers(1, 9),
     succeeded=st.integers(0, 9),
     failed=st.integers(0, 9),
-    failures=st.lists(st.builds(TaskFailure, task=st.just("t0"), err_code=st.just("OOM"), message=st.text()), max_size=3).map(
-        tuple
-    ),
+    failures=st.lists(
+        st.builds(TaskFailure, task=st.just("t0"), err_code=st.just("OOM"), message=st.text()), max_size=3
+    ).map(tuple),
 )
 
 
@@ -407,7 +411,7 @@ def _retried(at: World, count: int) -> World:
         return _moved(at, event, retry_count=count, execution_no=at.run.execution_no + 1)
     at = _moved(at, event, retry_count=count)
     assert at.run is not None
-    forgotten = dict.fromkeys(("digest", "plan", "record", "approval_name", "approval_uid", "approval_deadline"))
+    forgotten: dict[str, Any] = dict.fromkeys(("digest", "plan", "record", "approval_name", "approval_uid", "approval_deadline"))
     return replace(at, run=replace(at.run, **forgotten), approval=None)
 
 

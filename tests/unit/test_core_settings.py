@@ -15,7 +15,13 @@ from controller.kube import spec
 from controller.kube.policy import Policies
 from tests.support.builders import POLICY, settings
 
-WIDE = replace(POLICY, max_priority=10, egress=("None", "Public", "Allow"), templates=("python", "node"), recipes=("sandbox-default", "x"))
+WIDE = replace(
+    POLICY,
+    max_priority=10,
+    egress=("None", "Public", "Allow"),
+    templates=("python", "node"),
+    recipes=("sandbox-default", "x"),
+)
 
 
 def of(spec_: dict[str, Any], policy: Policy = POLICY) -> Settings:
@@ -139,7 +145,9 @@ def test_a_spec_that_cannot_be_carried_out_is_refused_by_field(wanted: dict[str,
         ({"inputs": {"n": 2**53}}, "spec.inputs"),
     ],
 )
-def test_what_no_database_or_digest_can_carry_is_refused_before_anything_starts(wanted: dict[str, Any], field: str) -> None:
+def test_what_no_database_or_digest_can_carry_is_refused_before_anything_starts(
+    wanted: dict[str, Any], field: str
+) -> None:
     """The API server takes them; the first statement, or the first hash, would fail on them for ever."""
     with pytest.raises(InvalidIntent) as refused:
         check(wanted)

@@ -35,7 +35,9 @@ def of(started: Run, *, old: Mapping[str, Any] | None = None, at: Any = NOW, **c
 def full(status: Status = Status.FAILED, stage: Stage = Stage.FINISH, **changes: Any) -> Run:
     """A run that has something to say in every field."""
     failures = tuple(TaskFailure(task=f"t{n}", err_code="CMD_NONZERO", message="m" * 5000) for n in range(50))
-    tasks = Tasks(total=1000, queued=1, running=2, succeeded=900, failed=97, unknown=3, sandbox_ms=1500, failures=failures)
+    tasks = Tasks(
+        total=1000, queued=1, running=2, succeeded=900, failed=97, unknown=3, sandbox_ms=1500, failures=failures
+    )
     shown = plan([task(n) for n in range(1000)], summary="s" * 4096)
     more: dict[str, Any] = {
         "tasks": tasks,
@@ -251,26 +253,33 @@ def _misfits(schema: Mapping[str, Any], value: Any, path: str = "status") -> Ite
     kind = {"object": Mapping, "array": list, "string": str, "integer": int}[schema["type"]]
     if not isinstance(value, kind):
         yield f"{path}: not a {schema['type']}"
-        return
-    if isinstance(value, Mapping):
-        yield from (f"{path}.{k}: required" for k in schema.get("required", ()) if k not in value)
-        for key, inner in value.items():
-            if key not in schema["properties"]:
-                yield f"{path}.{key}: unknown, so it is dropped"
-            else:
-                yield from _misfits(schema["properties"][key], inner, f"{path}.{key}")
+    elif isinstance(value, Mapping):
+        yield from _object_misfits(schema, value, path)
     elif isinstance(value, list):
         if len(value) > schema["maxItems"]:
             yield f"{path}: {len(value)} items"
         for inner in value:
             yield from _misfits(schema["items"], inner, f"{path}[]")
-    elif isinstance(value, str):
-        if len(value) > schema.get("maxLength", 10**9) or len(value) < schema.get("minLength", 0):
-            yield f"{path}: {len(value)} characters"
-        if value not in schema.get("enum", [value]):
-            yield f"{path}: {value!r} is not in the enumeration"
-    elif not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        yield f"{path}: {value}"
+    else:
+        yield from _scalar_misfits(schema, value, path)
+
+
+def _object_misfits(schema: Mapping[str, Any], value: Mapping[str, Any], path: str) -> Iterator[str]:
+    yield from (f"{path}.{k}: required" for k in schema.get("required", ()) if k not in value)
+    for key, inner in value.items():
+        if key in schema["properties"]:
+            yield from _misfits(schema["properties"][key], inner, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}: unknown, so it is dropped"
+
+
+def _scalar_misfits(schema: Mapping[str, Any], value: Any, path: str) -> Iterator[str]:
+    size = len(value) if isinstance(value, str) else value
+    low, high = ("minLength", "maxLength") if isinstance(value, str) else ("minimum", "maximum")
+    if not schema.get(low, size) <= size <= schema.get(high, size):
+        yield f"{path}: {size}"
+    if value not in schema.get("enum", [value]):
+        yield f"{path}: {value!r} is not in the enumeration"
 
 
 @pytest.mark.parametrize(("status", "stage"), STAGES)

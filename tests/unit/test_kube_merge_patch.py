@@ -15,7 +15,9 @@ from controller.kube.client import merge_patch
 scalars = st.integers(-3, 3) | st.text("ab", max_size=2) | st.booleans()
 keys = st.text("abc", min_size=1, max_size=2)
 # No null inside objects: a merge patch cannot write one, and our statuses have none (test_core_status).
-trees = st.recursive(scalars | st.lists(scalars | st.none(), max_size=2), lambda inner: st.dictionaries(keys, inner, max_size=3))
+trees = st.recursive(
+    scalars | st.lists(scalars | st.none(), max_size=2), lambda inner: st.dictionaries(keys, inner, max_size=3)
+)
 objects = st.dictionaries(keys, trees, max_size=4)
 
 
@@ -40,7 +42,7 @@ def typed(value: Any) -> Any:
 
 
 @given(objects, objects)
-@hypothesis(max_examples=300, deadline=None)
+@hypothesis(max_examples=150, deadline=None)
 def test_applying_the_patch_gives_the_new_object(old: dict[str, Any], new: dict[str, Any]) -> None:
     assert applied(old, merge_patch(old, new)) == new
 

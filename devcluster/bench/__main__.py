@@ -1,0 +1,218 @@
+"""The command line: `python -m devcluster.bench`. Brings up a stack of its own, measures, shows one table, leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from devcluster.bench import bare, machine, product
+from devcluster.bench.costs import Meter
+from devcluster.bench.numbers import Row
+from devcluster.bench.progress import elapsed, say, show
+from devcluster.errors import DevclusterError
+from devcluster.processes import tail
+from devcluster.stack import Stack
+
+
+class Section(StrEnum):
+    """What can be measured by itself. The idle controller always is: commits are net of it."""
+
+    machine = "machine"
+    latency = "latency"
+    throughput = "throughput"
+    fanout = "fanout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of each."""
+
+    probes: int = 100
+    bare: int = 1000
+    runs: int = 30
+    intents: int = 200
+    tasks: int = 1000
+
+
+QUICK = Sizes(probes=30, bare=300, runs=6, intents=40, tasks=100)
+
+
+@dataclass
+class Bench:
+    """One run: sections in the order of the table, and details for --json."""
+
+    stack: Stack
+    sizes: Sizes
+    wanted: frozenset[Section]
+    parallelism: list[int]
+    seed: int
+    sections: dict[str, list[Row]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """The machine first, while no controller runs; then the product."""
+        self._machine()
+        say("controller (SBX_MODE=mock, OC_MODE=replay)")
+        controller = self.stack.controller()
+        try:
+            self.stack.kubectl("create", "namespace", product.NAMESPACE)
+            meter = Meter(self.stack, controller)
+            self._product(meter)
+            meter.close()
+        except BaseException:
+            say(f"the end of the controller's log:\n{tail(controller.log, 15)}")
+            raise
+        finally:
+            controller.stop()
+
+    def _machine(self) -> None:
+        rows: list[Row] = []
+        if Section.machine in self.wanted:
+            say("machine: API server and PostgreSQL")
+            rows += machine.api_server(self.stack, count=self.sizes.probes)
+            rows += machine.postgres(self.stack, count=5 * self.sizes.probes)
+        if self.wanted & {Section.machine, Section.fanout}:
+            say("machine: bare DBOS queue")
+            rows += bare.measure(self.stack, count=self.sizes.bare)
+        if rows:
+            self.sections["the machine, without the product"] = rows
+
+    def _product(self, meter: Meter) -> None:
+        say("idle controller")
+        nothing = product.idle(meter)
+        if Section.latency in self.wanted:
+            say(f"{self.sizes.runs} intents, one at a time")
+            rows = product.latency(self.stack, runs=self.sizes.runs, seed=self.seed)
+            self.sections["one intent at a time"] = rows
+        if Section.throughput in self.wanted:
+            say(f"{self.sizes.intents} intents at once")
+            many = product.throughput(self.stack, meter, intents=self.sizes.intents, idle_commits=nothing.commits_per_s)
+            self.sections["many intents at once"] = many.rows
+            self.details |= many.details
+        if Section.fanout in self.wanted:
+            self.sections["fan-out"] = self._fan_out(meter, nothing.commits_per_s)
+        end = Row(key="end_rss_mib", what="controller at the end: memory (RSS)", value=meter.memory_mib(), unit="MiB")
+        self.sections["nothing to do"] = [*nothing.rows, end]
+
+    def _fan_out(self, meter: Meter, idle_commits: float) -> list[Row]:
+        measured = self.sections["the machine, without the product"]
+        one_step = next(row.value for row in measured if row.key == "bare_one_step_per_s")
+        rows: list[Row] = []
+        for parallelism in self.parallelism:
+            say(f"fan-out of {self.sizes.tasks} tasks, parallelism {parallelism}")
+            rows += product.fan_out(
+                self.stack,
+                meter,
+                tasks=self.sizes.tasks,
+                parallelism=parallelism,
+                idle_commits=idle_commits,
+                bare=one_step,
+            )
+        return rows
+
+
+def main(
+    only: Annotated[
+        list[Section] | None, typer.Option(help="Measure just this; may repeat. Default: everything.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: a minute and a half, and noisy.")] = False,
+    runs: Annotated[int | None, typer.Option(min=1, help="Intents of the latency section.")] = None,
+    intents: Annotated[int | None, typer.Option(min=1, help="Intents at once.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="Tasks of the fan-out: 100 or 1000, as recorded.")] = None,
+    parallelism: Annotated[list[int] | None, typer.Option(min=1, help="May repeat. Default: 10 and 50.")] = None,
+    bare_workflows: Annotated[int | None, typer.Option(min=1, help="Workflows of the bare DBOS queue.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random pauses.")] = 42,
+    to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there, too.")] = None,
+) -> None:
+    """Measure latency, throughput and fan-out beside the machine's own limits, on a stack of its own."""
+    base = QUICK if quick else Sizes()
+    sizes = Sizes(
+        probes=base.probes,
+        bare=bare_workflows or base.bare,
+        runs=runs or base.runs,
+        intents=intents or base.intents,
+        tasks=tasks or base.tasks,
+    )
+    if sizes.tasks not in (100, 1000):
+        raise typer.BadParameter("there are recorded plans of 100 and of 1000 tasks", param_hint="--tasks")
+    # SIGTERM cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    wanted = frozenset(only or Section)
+    try:
+        done, facts = _measure(sizes, wanted=wanted, parallelism=parallelism or [10, 50], seed=seed)
+    except KeyboardInterrupt:
+        say("interrupted; everything that was started is stopped")
+        raise typer.Exit(130) from None
+    except DevclusterError as e:
+        say(f"bench: {e}")
+        raise typer.Exit(1) from e
+    show(done.sections, title=", ".join(f"{name} {value}" for name, value in facts.items()))
+    if to is not None:
+        to.write_text(json.dumps(_json(done, facts), indent=1) + "\n")
+
+
+def _measure(
+    sizes: Sizes, *, wanted: frozenset[Section], parallelism: list[int], seed: int
+) -> tuple[Bench, dict[str, str]]:
+    facts = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **_machine_facts(), "load before": _load()}
+    say("control plane and PostgreSQL (fsync on), from nothing")
+    with _stack() as stack:
+        done = Bench(stack=stack, sizes=sizes, wanted=wanted, parallelism=parallelism, seed=seed)
+        done.run()
+        facts |= {"load after": _load(), "took": f"{elapsed():.0f} s"}
+        say("stopping")
+    return done, facts
+
+
+@contextmanager
+def _stack() -> Iterator[Stack]:
+    """A stack in a temporary directory; both are gone afterwards."""
+    state = Path(tempfile.mkdtemp(prefix="sisu-kodo-bench-"))
+    stack = Stack(state, fsync=True)
+    try:
+        with stack:
+            yield stack
+    finally:
+        if stack.postgres is not None and not stack.postgres.running:
+            stack.postgres.wipe()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _machine_facts() -> dict[str, str]:
+    return {
+        "CPUs": str(len(os.sched_getaffinity(0))),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "Python": sys.version.split()[0],
+    }
+
+
+def _load() -> str:
+    return " ".join(f"{x:.1f}" for x in os.getloadavg())
+
+
+def _json(done: Bench, facts: dict[str, str]) -> dict[str, Any]:
+    fields = ("key", "value", "unit", "goal", "verdict", "note")
+    rows = [
+        {"section": name, **{f: getattr(row, f) for f in fields}}
+        for name, rows in done.sections.items()
+        for row in rows
+    ]
+    return {"facts": facts, "rows": rows, **done.details}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,349 @@
+"""The product's own numbers: one Intent at a time, many at once, one with many tasks, and none at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from devcluster.bench.api import Api, Phases, now
+from devcluster.bench.costs import Meter, Spent
+from devcluster.bench.numbers import Row, grown, latency_rows, net, percentile, rate
+from devcluster.bench.progress import say
+from devcluster.errors import DevclusterError
+from devcluster.stack import Stack
+
+NAMESPACE = "bench"
+IN_FLIGHT = 16
+IDLE_SECONDS = 8.0
+HELLO = "say hello"
+# When the run's row came to be, was dequeued, was planned, was approved, ran its first and last task, was closed: seconds since 1970.
+MOMENTS = """
+SELECT extract(epoch FROM r.created_at)::float, extract(epoch FROM r.started_at)::float, extract(epoch FROM r.waiting_at)::float,
+       (SELECT extract(epoch FROM min(t.at))::float FROM app.run_transitions t WHERE t.run_id = r.id AND t.stage = 'execute'),
+       (SELECT extract(epoch FROM min(s.started_at))::float FROM app.sbx_runs s WHERE s.run_id = r.id),
+       (SELECT extract(epoch FROM max(s.finished_at))::float FROM app.sbx_runs s WHERE s.run_id = r.id),
+       extract(epoch FROM r.finished_at)::float,
+       (SELECT count(*) FROM app.sbx_runs s WHERE s.run_id = r.id AND s.outcomes = 1 AND s.status = 'succeeded')
+  FROM app.runs r WHERE r.intent_id = %s"""
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """One Intent's moments as its people saw them: seconds since 1970. `approval` is the PlanApproval's name."""
+
+    name: str
+    uid: str = ""
+    approval: str = ""
+    applied: float = 0.0
+    waiting: float = 0.0
+    voted: float = 0.0
+    done: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """The same Intent as the database saw it."""
+
+    queued: float
+    begun: float
+    planned: float
+    approved: float
+    first_task: float
+    last_task: float
+    closed: float
+    tasks: int
+
+
+class People:
+    """carol applies, alice approves, a watch shows what becomes of it."""
+
+    def __init__(self, carol: Api, alice: Api, seen: Phases) -> None:
+        self._carol, self._alice, self._seen = carol, alice, seen
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+
+    async def apply(self, name: str, goal: str = HELLO, **spec: Any) -> Timed:
+        """Create, and wait until the watch shows it waiting."""
+        one = Timed(name=name)
+        async with self._slots:
+            one.applied = now()
+            created = await self._carol.create_intent(NAMESPACE, name, {"goal": goal, **spec})
+        sight = await self._seen.wait(name, "WaitingInput", seconds=90)
+        one.uid, one.waiting, one.approval = created["metadata"]["uid"], sight.at, sight.status["plan"]["approvalName"]
+        return one
+
+    async def approve(self, one: Timed) -> Timed:
+        """Vote, and wait until the watch shows it succeeded."""
+        async with self._slots:
+            one.voted = now()
+            await self._alice.approve(NAMESPACE, one.approval)
+        one.done = (await self._seen.wait(one.name, "Succeeded", seconds=90)).at
+        return one
+
+
+@asynccontextmanager
+async def people(stack: Stack) -> AsyncIterator[People]:
+    """Connections and watch of one section."""
+    async with (
+        Api(stack.kubeconfig("carol")) as carol,
+        Api(stack.kubeconfig("alice")) as alice,
+        Phases(carol, NAMESPACE) as seen,
+    ):
+        yield People(carol, alice, seen)
+
+
+def moments(stack: Stack, intents: Sequence[Timed]) -> list[Moments]:
+    """Of each Intent. Raises where one did not end with every task done exactly once."""
+    names = ("queued", "begun", "planned", "approved", "first_task", "last_task", "closed", "tasks")
+    found = []
+    with psycopg.connect(stack.database, autocommit=True) as c:
+        for one in intents:
+            row = c.execute(MOMENTS, (one.uid,)).fetchone()
+            if row is None or None in row:
+                raise DevclusterError(f"{one.name} left no complete trace in the database: {row}")
+            found.append(Moments(**dict(zip(names, row, strict=True))))
+    return found
+
+
+# ------------------------------------------------------------------ nothing to do
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What a controller with nothing to do costs."""
+
+    rows: list[Row]
+    commits_per_s: float
+
+
+def idle(meter: Meter) -> Idle:
+    """Processor and commits over some seconds, after start-up has settled."""
+    before = meter.settled()
+    time.sleep(IDLE_SECONDS)
+    spent = meter.read().minus(before)
+    commits = rate(spent.commits, spent.at)
+    note = f"{IDLE_SECONDS:.0f} s with no Intent"
+    cpu = 100 * rate(spent.cpu["controller"], spent.at)
+    return Idle(
+        [
+            Row(key="idle_cpu_percent", what="idle controller: processor", value=cpu, unit="%", note=note),
+            Row(
+                key="idle_commits_per_s", what="idle controller: database commits", value=commits, unit="/s", note=note
+            ),
+            Row(
+                key="idle_rss_mib",
+                what="idle controller: memory (RSS)",
+                value=meter.memory_mib(),
+                unit="MiB",
+                note=note,
+            ),
+        ],
+        commits,
+    )
+
+
+# ------------------------------------------------------------------ one at a time
+
+
+def latency(stack: Stack, *, runs: int, seed: int) -> list[Row]:
+    """apply → WaitingInput and approve → Succeeded, with a random pause before each, as people leave."""
+    took = asyncio.run(_one_at_a_time(stack, runs, random.Random(seed)))
+    db = moments(stack, took)
+    pairs = list(zip(took, db, strict=True))
+    return [
+        *latency_rows("apply", "apply → WaitingInput", [t.waiting - t.applied for t in took], goals=(150, 400)),
+        _part("apply_row", "create → the run's row and first workflow", [d.queued - t.applied for t, d in pairs]),
+        _part("apply_dequeue", "→ RunIntentWF dequeued", [d.begun - d.queued for d in db]),
+        _part("apply_plan", "→ planned (three steps)", [d.planned - d.begun for d in db]),
+        _part("apply_show", "→ PlanApproval created, status seen", [t.waiting - d.planned for t, d in pairs]),
+        *latency_rows("approve", "approve patch → Succeeded", [t.done - t.voted for t in took], goals=(200, 500)),
+        _part("approve_consume", "patch → quorum checked and consumed", [d.approved - t.voted for t, d in pairs]),
+        _part(
+            "approve_start", "→ ExecutePlanWF, TaskWF dequeued, task begins", [d.first_task - d.approved for d in db]
+        ),
+        _part("approve_task", "→ task done (mock)", [d.last_task - d.first_task for d in db]),
+        _part("approve_finish", "→ FinishWF dequeued, run closed", [d.closed - d.last_task for d in db]),
+        _part("approve_show", "→ status seen", [t.done - d.closed for t, d in pairs]),
+        Row(
+            key="kubectl_apply_ms", what="kubectl apply by itself, once", value=_kubectl_apply(stack) * 1000, unit="ms"
+        ),
+    ]
+
+
+def _part(key: str, what: str, seconds: Sequence[float]) -> Row:
+    return Row(key=f"{key}_p50_ms", what=f"  {what}, p50", value=percentile(seconds, 50) * 1000, unit="ms")
+
+
+async def _one_at_a_time(stack: Stack, runs: int, chance: random.Random) -> list[Timed]:
+    took = []
+    async with people(stack) as p:
+        await p.approve(await p.apply("warm-up"))
+        for n in range(runs):
+            await asyncio.sleep(chance.random())
+            one = await p.apply(f"single{n}")
+            await asyncio.sleep(chance.random())
+            took.append(await p.approve(one))
+            if (n + 1) % 10 == 0:
+                say(f"  {n + 1} of {runs}")
+    return took
+
+
+def _kubectl_apply(stack: Stack) -> float:
+    body = {
+        "apiVersion": "sisukodo.dev/v1alpha1",
+        "kind": "Intent",
+        "metadata": {"name": "kubectl"},
+        "spec": {"goal": HELLO},
+    }
+    stack.kubectl("get", "intents", "-n", NAMESPACE, user="carol")  # its discovery cache is there from now on
+    began = now()
+    stack.kubectl("apply", "-n", NAMESPACE, "-f", "-", user="carol", stdin=json.dumps(body))
+    return now() - began
+
+
+# ------------------------------------------------------------------ many at once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows for the table, and details for --json."""
+
+    rows: list[Row]
+    details: Mapping[str, Any]
+
+
+def throughput(stack: Stack, meter: Meter, *, intents: int, idle_commits: float) -> Measured:
+    """All applied at once, each approved as soon as it is seen waiting."""
+    before = meter.settled()
+    took, requests = asyncio.run(_all_at_once(stack, intents))
+    loaded = meter.read().minus(before)
+    spent = meter.settled().minus(before)
+    moments(stack, took)
+    seconds = max(t.done for t in took) - min(t.applied for t in took)
+    commits = net(spent.commits, idle_rate=idle_commits, seconds=spent.at) / intents
+    ids = spent.transaction_ids / intents
+    calls = sum(requests.values()) / intents
+    rows = [
+        Row(
+            key="intents_per_s",
+            what=f"{intents} intents, end to end",
+            value=rate(intents, seconds),
+            unit="/s",
+            goal=15,
+            at_least=True,
+        ),
+        Row(
+            key="commits_per_intent",
+            what="  database commits per intent",
+            value=commits,
+            goal=40,
+            note="net of idle; reads count, subtransactions do not",
+        ),
+        Row(
+            key="xids_per_intent",
+            what="  transaction ids per intent",
+            value=ids,
+            note="only what writes; subtransactions count",
+        ),
+        Row(key="requests_per_intent", what="  API requests per intent", value=calls, note="2 are the people's"),
+        *_cpu_rows(loaded, intents, seconds),
+    ]
+    per = {kind: round(n / intents, 2) for kind, n in sorted(requests.items(), key=lambda item: -item[1])}
+    return Measured(rows, {"requests_per_intent": per})
+
+
+def _cpu_rows(spent: Spent, intents: int, seconds: float) -> list[Row]:
+    note = f"processor time; {100 * sum(spent.cpu.values()) / seconds:.0f} % of one core in all while it lasted"
+    ordered = sorted(spent.cpu.items(), key=lambda item: -item[1])
+    return [
+        Row(
+            key=f"cpu_{name.replace(' ', '_')}_ms",
+            what=f"  {name}, per intent",
+            value=1000 * used / intents,
+            unit="ms",
+            note=note if not n else "",
+        )
+        for n, (name, used) in enumerate(ordered)
+        if used / intents > 0.001
+    ]
+
+
+async def _all_at_once(stack: Stack, intents: int) -> tuple[list[Timed], dict[str, float]]:
+    async with Api(stack.kubeconfig("admin")) as admin, people(stack) as p:
+        before = await admin.requests()
+
+        async def one(name: str) -> Timed:
+            return await p.approve(await p.apply(name))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(f"many{n}")) for n in range(intents)]
+        await asyncio.sleep(1)  # the last finalizers and approval statuses
+        return [t.result() for t in tasks], grown(before, await admin.requests())
+
+
+# ------------------------------------------------------------------ one with many tasks
+
+
+def fan_out(
+    stack: Stack, meter: Meter, *, tasks: int, parallelism: int, idle_commits: float, bare: float | None
+) -> list[Row]:
+    """One Intent of many tasks, from its approval to its end. `bare` is the one-step queue rate of the same run."""
+    return asyncio.run(_fan_out(stack, meter, tasks, parallelism, idle_commits, bare))
+
+
+async def _fan_out(
+    stack: Stack, meter: Meter, tasks: int, parallelism: int, idle_commits: float, bare: float | None
+) -> list[Row]:
+    async with people(stack) as p:
+        limits = {"maxTasks": tasks, "parallelism": parallelism}
+        one = await p.apply(f"fan-out-{parallelism}", f"run {tasks} small checks", limits=limits)
+        before = await asyncio.to_thread(meter.settled)
+        await p.approve(one)
+        spent = (await asyncio.to_thread(meter.settled)).minus(before)
+    (at,) = moments(stack, [one])
+    if at.tasks != tasks:
+        raise DevclusterError(f"{one.name}: {at.tasks} of {tasks} tasks count once")
+    per_s, key = rate(tasks, at.closed - at.approved), f"fanout_{parallelism}"
+    commits = net(spent.commits, idle_rate=idle_commits, seconds=spent.at) / tasks
+    rows = [
+        Row(
+            key=f"{key}_per_s",
+            what=f"fan-out of {tasks}, parallelism {parallelism}",
+            value=per_s,
+            unit="tasks/s",
+            note="approved → closed, by SQL",
+        ),
+        Row(
+            key=f"{key}_execution_per_s",
+            what="  first task begun → last task done",
+            value=rate(tasks, at.last_task - at.first_task),
+            unit="tasks/s",
+        ),
+        Row(
+            key=f"{key}_wall_per_s",
+            what="  approve patch → Succeeded seen",
+            value=rate(tasks, one.done - one.voted),
+            unit="tasks/s",
+        ),
+        Row(key=f"{key}_commits", what="  database commits per task", value=commits, goal=2, note="net of idle"),
+    ]
+    if bare is not None:
+        rows.insert(
+            1,
+            Row(
+                key=f"{key}_ratio",
+                what="  ratio to the bare one-step rate",
+                value=per_s / bare,
+                unit="×",
+                goal=2,
+                at_least=True,
+            ),
+        )
+    return rows
