@@ -46,16 +46,28 @@ bench: setup ## measure latency, throughput and fan-out beside the machine's own
 	@$(RUN) python -m devcluster.bench
 
 .PHONY: up
-up: setup ## a development cluster, PostgreSQL and the controller, in the background
-	@$(RUN) python -m devcluster up
+up: setup ## a development cluster, PostgreSQL and the controller, in the background; CONTROLLER=0 leaves the controller out
+	@$(RUN) python -m devcluster up $(if $(filter 0,$(CONTROLLER)),--no-controller)
 
 .PHONY: down
-down: ## stop exactly what `make up` started
-	@$(RUN) python -m devcluster down
+down: ## stop exactly what `make up` started; WIPE=1 removes its data, too
+	@$(RUN) python -m devcluster down $(if $(filter 1,$(WIPE)),--wipe)
 
 .PHONY: start
-start: ## the controller in the foreground, against `make up CONTROLLER=0`'s cluster and database
+start: setup ## the controller in the foreground, on what `make up CONTROLLER=0` started
 	@$(RUN) python -m devcluster start
+
+.PHONY: db-reset
+db-reset: ## empty our schema of `make up`'s database; refuses while Intents refer to it, unless FORCE=1
+	@$(RUN) python -m devcluster db-reset $(if $(filter 1,$(FORCE)),--force)
+
+.PHONY: db-sys-reset
+db-sys-reset: ## empty DBOS' schema of `make up`'s database; refuses while Intents refer to it, unless FORCE=1
+	@$(RUN) python -m devcluster db-reset --system $(if $(filter 1,$(FORCE)),--force)
+
+.PHONY: golden-refresh
+golden-refresh: ## write the golden files again (contracts of model and sandbox)
+	@REFRESH_GOLDEN=1 $(RUN) pytest -q tests/unit -k golden
 
 .PHONY: record
 record: setup ## record OpenCode turns again: real daemon, scripted model (opencode/scenarios)

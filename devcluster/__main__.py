@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import psycopg
 import typer
 
 from devcluster import build as builder
@@ -21,8 +23,11 @@ from devcluster.cache import cache_dir, locked, say
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.identities import write_private
-from devcluster.install import CHART, apply_chart, apply_people
+from devcluster.install import CHART
 from devcluster.postgres import Postgres
+from devcluster.processes import Child
+from devcluster.sandbox_python import toolchain
+from devcluster.stack import ROOT, Controller, Stack
 
 app = typer.Typer(
     help="A Kubernetes control plane and PostgreSQL on this machine, without Docker.",
@@ -31,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RECORD = "controller.json"
+Sandboxes = Annotated[str, typer.Option(help="live (bubblewrap) or mock")]
 State = Annotated[
     Path | None,
     typer.Option("--state", metavar="DIR", help="Where the cluster keeps everything. Default: `dev` in the cache."),
@@ -48,10 +55,8 @@ def build() -> None:
 @app.command()
 def up(
     state: State = None,
+    controller: Annotated[bool, typer.Option(help="Start the controller, too.")] = True,
     chart: Annotated[bool, typer.Option(help="Apply charts/sisu-kodo and bind the three people to its roles.")] = True,
-    values: Annotated[
-        list[Path] | None, typer.Option("--values", metavar="FILE", help="Values file for the chart; may repeat.")
-    ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value for the chart; may repeat.")
     ] = None,
@@ -60,20 +65,22 @@ def up(
     """Start everything in the background and print the kubeconfigs. What already runs is left alone."""
     home = _home(state)
     with _plain_errors(), locked(home / "lock"):
-        cluster = ControlPlane(home, detach=True)
-        _start("control plane", cluster)
-        if database := os.environ.get("DATABASE_URL"):
+        stack = _stack(home, fsync=fsync, sets=tuple(sets or ()))
+        _start("control plane", stack.cluster)
+        if stack.database_url:
             say("PostgreSQL: DATABASE_URL is set, so yours is used")
+            stack.database = stack.database_url
         else:
-            postgres = Postgres(home, fsync=fsync, detach=True)
-            _start("PostgreSQL", postgres)
-            database = postgres.dsn
+            stack.postgres = Postgres(home, fsync=fsync, detach=True)
+            _start("PostgreSQL", stack.postgres)
+            stack.database = stack.postgres.dsn
         if chart:
-            apply_chart(cluster, values=values or (), sets=sets or ())
-            apply_people(cluster)
-            say(f"applied {os.path.relpath(CHART)} and the people's roles")
-        _write_env(home, cluster, database)
-        _show(home, cluster)
+            stack.install()
+            say(f"applied {os.path.relpath(CHART)} and the people's roles; admission is in force")
+        _write_env(home, stack.cluster, stack.database)
+        if chart and controller:
+            _start_controller(stack, home)
+        _show(home, stack.cluster)
 
 
 @app.command()
@@ -87,9 +94,13 @@ def down(
         say(f"nothing to stop in {home}")
         return
     with _plain_errors(), locked(home / "lock"):
-        cluster, postgres = ControlPlane(home), Postgres(home)
-        alive = [child.name for child in cluster.children.values() if child.alive()]
+        cluster, postgres, running = ControlPlane(home), Postgres(home), _running(home)
+        alive = ["controller"] if running is not None else []
+        alive += [child.name for child in cluster.children.values() if child.alive()]
         alive += ["postgres"] if postgres.running else []
+        if running is not None:
+            running.stop()
+        (home / RECORD).unlink(missing_ok=True)
         cluster.stop()
         postgres.stop()
         say(f"stopped {', '.join(alive)}" if alive else f"nothing was running in {home}")
@@ -101,11 +112,66 @@ def down(
 
 
 @app.command()
+def start(state: State = None, sandboxes: Sandboxes = "live") -> None:
+    """Run the controller in the foreground on what `up --no-controller` started. Ctrl-C ends it."""
+    home = _home(state)
+    with _plain_errors():
+        stack = _stack(home)
+        if not stack.cluster.running:
+            raise DevclusterError("no control plane runs; start it with `make up CONTROLLER=0`")
+        if _running(home) is not None:
+            raise DevclusterError("a controller runs already; `make down` ends it")
+        stack.postgres = None if stack.database_url else Postgres(home)
+        stack.database = stack.database_url or (stack.postgres.dsn if stack.postgres else "")
+        settings = {"SBX_MODE": sandboxes, "ADMIN_PORT": os.environ.get("ADMIN_PORT", "3002")}
+        if sandboxes == "live":
+            settings["SBX_TOOLCHAINS"] = str(toolchain())
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-m", "controller", "run"], stack.environment(**settings))
+
+
+@app.command("db-reset")
+def db_reset(
+    state: State = None,
+    system: Annotated[
+        bool, typer.Option("--system", help="DBOS' schema instead of ours: queues and workflow history.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Although Intents refer to this store.")] = False,
+) -> None:
+    """Empty schema `app` (or with --system `dbos`) and migrate again. Refuses while a controller runs or Intents refer to it."""
+    home = _home(state)
+    with _plain_errors():
+        stack = _stack(home)
+        postgres = Postgres(home)
+        if not stack.database_url and not postgres.running:
+            raise DevclusterError("no PostgreSQL runs; `make up CONTROLLER=0` starts it")
+        stack.database = stack.database_url or postgres.dsn
+        if _running(home) is not None:
+            raise DevclusterError("a controller runs; `make down` ends it, `make up CONTROLLER=0` brings the rest back")
+        if stack.cluster.running and not force:
+            started = stack.kubectl("get", "intents", "-A", "-o", "jsonpath={.items[*].status.storeId}").stdout.split()
+            if started:
+                raise DevclusterError(
+                    f"{len(started)} Intents refer to this store and would be StoreBehind; delete them or use --force"
+                )
+        with psycopg.connect(stack.database, autocommit=True) as c:
+            c.execute("DROP SCHEMA IF EXISTS dbos CASCADE" if system else "DROP SCHEMA IF EXISTS app CASCADE")
+        stack.migrate(stack.database)
+        say(f"schema {'dbos' if system else 'app'} is empty again")
+
+
+@app.command()
 def status(state: State = None) -> None:
     """Say what runs, and where its kubeconfigs are. Exit code 1 when the control plane does not run."""
     home = _home(state)
     cluster, postgres = ControlPlane(home), Postgres(home)
-    for child in (*cluster.children.values(), *([postgres.child] if postgres.child else [])):
+    running = _running(home)
+    parts = [
+        *cluster.children.values(),
+        *([postgres.child] if postgres.child else []),
+        *([running.child] if running else []),
+    ]
+    for child in parts:
         print(f"{child.name:<24} {'running' if child.alive() else 'ended':<8} pid {child.pid}")
     if not cluster.running:
         print(f"no control plane runs in {home}; start one with `python -m devcluster up`")
@@ -115,6 +181,28 @@ def status(state: State = None) -> None:
 
 def _home(state: Path | None) -> Path:
     return (state or cache_dir() / "dev").expanduser().absolute()
+
+
+def _stack(home: Path, *, fsync: bool = True, sets: tuple[str, ...] = ()) -> Stack:
+    return Stack(home, detach=True, fsync=fsync, sets=sets, database_url=os.environ.get("DATABASE_URL", ""))
+
+
+def _running(home: Path) -> Controller | None:
+    """The controller that `up` started, if it lives."""
+    if not (home / RECORD).exists():
+        return None
+    found = json.loads((home / RECORD).read_text())
+    child = Child.from_record(found["child"])
+    return Controller(child=child, log=home / "controller.log", admin=found["admin"]) if child.alive() else None
+
+
+def _start_controller(stack: Stack, home: Path) -> None:
+    running = _running(home)
+    if running is None:
+        running = stack.controller(SBX_MODE="live", SBX_PROVIDER="local")
+        (home / RECORD).write_text(json.dumps({"child": running.child.record(), "admin": running.admin}))
+        say(f"controller: started; it logs to {running.log}")
+    print(f"admin       {running.admin}  (/healthz /readyz /metrics)")
 
 
 def _start(what: str, part: ControlPlane | Postgres) -> None:

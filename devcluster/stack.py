@@ -117,6 +117,10 @@ class Stack:
             if not self.postgres.running:
                 self.postgres.start()
             self.database = self.postgres.dsn
+        self.install()
+
+    def install(self) -> None:
+        """Chart, people, schema and policy; returns once admission is in force."""
         apply_chart(self.cluster, sets=self.sets)
         apply_people(self.cluster)
         self.migrate(self.database)

@@ -32,7 +32,10 @@ def migrate(url: str, *, folder: Path = FOLDER) -> list[str]:
         c.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         try:
             DBOS.migrate(sqlalchemy_url(url), schema="dbos")
-            return _ours(c, folder)
+            applied = _ours(c, folder)
+            with c.transaction():
+                c.execute((folder / "grants.sql").read_bytes())
+            return applied
         finally:
             c.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
 
