@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -16,15 +17,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 from controller import metrics
 from controller.config import ConfigError, Settings
+from controller.db.lease import PgLeaseStore
+from controller.db.ledger import PgTurnLedger
 from controller.db.pool import Pool, open_pool
+from controller.db.runs import PgRunStore
+from controller.db.work import PgWorkStore
 from controller.gateway import health
 from controller.oc.client import OpenCodeClient
 from controller.oc.live import LiveAgent
 from controller.oc.record import RecordingAgent
 from controller.oc.replay import ReplayAgent
-from controller.ports import AgentServer, Clock, SandboxProvider, Workspace
+from controller.ports import AgentServer, SandboxProvider
+from controller.roles.adapters import Adapters, WorkerAdapters
 from controller.roles.control import Controller
-from controller.roles.worker import DRAIN_SECONDS, Adapters, Worker
+from controller.roles.worker import DRAIN_SECONDS, Worker
 from controller.sbx import templates
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
@@ -46,23 +52,32 @@ class SystemClock:
         time.sleep(seconds)
 
 
-def build(
-    settings: Settings,
-    *,
-    agent: AgentServer | None = None,
-    workspace: Workspace | None = None,
-    sandboxes: SandboxProvider | None = None,
-    clock: Clock | None = None,
-) -> Adapters:
-    """The adapters that the settings name. Raises ConfigError for what this build does not have."""
+def build(settings: Settings, *, role: str) -> Adapters:
+    """The adapters that the settings name. Raises ConfigError for what this build does not have, Unavailable without a database."""
+    pool = open_pool(settings.database_url, size=16, name="sisu-kodo")
     return Adapters(
-        agent=agent or _agent(settings),
-        workspace=workspace
-        or GitWorkspace(
+        clock=SystemClock(),
+        pool=pool,
+        runs=PgRunStore(pool, app_version=settings.app_version),
+        worker=None if role == "controller" else _worker(settings, pool),
+    )
+
+
+def _worker(settings: Settings, pool: Pool) -> WorkerAdapters:
+    if settings.database_url_worker is not None:
+        pool = open_pool(settings.database_url_worker, size=16, name="sisu-kodo-worker")
+    # Never reused: two incarnations under one executor id would take each other's work for their own.
+    executor = f"{settings.pod_name}-{secrets.token_hex(4)}"
+    return WorkerAdapters(
+        executor=executor,
+        agent=_agent(settings),
+        workspace=GitWorkspace(
             settings.workspace_root, allow_loopback_http=settings.workspace_loopback_http, environ=settings.git_environ
         ),
-        sandboxes=sandboxes or _sandboxes(settings),
-        clock=clock or SystemClock(),
+        sandboxes=_sandboxes(settings),
+        store=PgWorkStore(pool, app_version=settings.app_version, executor=executor),
+        leases=PgLeaseStore(pool, app_version=settings.app_version),
+        ledger=lambda ctx: PgTurnLedger(pool, ctx),
     )
 
 
@@ -106,20 +121,15 @@ def product_version() -> str:
 
 def run(settings: Settings, *, role: str, adapters: Adapters | None = None) -> int:
     """The whole life of the process; its exit code. SIGTERM and SIGINT end it within 5 seconds."""
-    pool = open_pool(settings.database_url, size=16, name="sisu-kodo")
-    clock = adapters.clock if adapters else SystemClock()
+    adapters = adapters or build(settings, role=role)
+    pool = adapters.pool
     metrics.BUILD_INFO.labels(product_version(), settings.app_version, role).set(1)
     worker = controller = None
-    if role in ("all", "worker"):
-        worker_pool = (
-            open_pool(settings.database_url_worker, size=16, name="sisu-kodo-worker")
-            if settings.database_url_worker
-            else pool
-        )
-        worker = Worker(settings, adapters or build(settings), worker_pool)
+    if adapters.worker is not None:
+        worker = Worker(settings, adapters.worker, clock=adapters.clock, store_id=adapters.runs.store_id())
         worker.start()
     if role in ("all", "controller"):
-        controller = Controller(settings, pool, clock)
+        controller = Controller(settings, adapters)
     admin = _admin(settings, controller, pool)
     admin.start()
     if settings.admin_port_file is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -46,6 +46,7 @@ class Operator:
         self._reconciler = reconciler(lambda uid, seconds: self.queue.add_later(uid, seconds))
         self.queue = WorkQueue(self._timed, workers=workers)
         self._marks: Mapping[str, int] = {}
+        self._deleted: set[str] = set()
         self.last_event: dict[str, float] = {}
         self.last_resync: float | None = None
 
@@ -64,6 +65,7 @@ class Operator:
             uid = str(obj["metadata"]["uid"])
             if kind == "DELETED":
                 self._cache.lost_intent(uid)
+                self._deleted.add(uid)
             else:
                 self._cache.saw_intent(obj)
         else:
@@ -100,6 +102,11 @@ class Operator:
         self._marks = marks
         for uid in await asyncio.to_thread(self._store.overdue):
             self.queue.add(uid)
+        deleted, self._deleted = self._deleted, set()
+        if deleted:  # somebody took the finalizer off, or it was never on
+            await self._cancel_gone(
+                [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] in deleted]
+            )
         now = self._clock.now()
         for obj in self._cache.intents():
             if _outlived(obj, now):
@@ -124,12 +131,12 @@ class Operator:
         for obj in self._cache.intents():
             if obj["metadata"]["uid"] not in seen:
                 self.queue.add(str(obj["metadata"]["uid"]))
-        await self._orphans(seen)
+        unseen = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
+        await self._cancel_gone(unseen)
         self.last_resync = self._clock.monotonic()
 
-    async def _orphans(self, seen: set[str]) -> None:
-        missing = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
-        gone = [r for r in missing if await self._gone(r)]
+    async def _cancel_gone(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        gone = [r for r in rows if await self._gone(r)]
         if len(gone) > MASS:
             log.error("many runs without their Intent; nothing is canceled", extra={"runs": len(gone)})
             return

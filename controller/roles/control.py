@@ -13,17 +13,15 @@ from controller import metrics
 from controller.config import Settings
 from controller.db import gauges
 from controller.db.notify import Listener
-from controller.db.pool import Pool
-from controller.db.runs import PgRunStore
 from controller.kube import client as kube
 from controller.kube.cache import Cache
 from controller.kube.gate import IdentityGate
-from controller.kube.lease import lead
+from controller.kube.lease import lead, release
 from controller.kube.operator import Operator
 from controller.kube.policy import Policies
 from controller.kube.reconcile import Reconciler
 from controller.kube.watch import KINDS, Watch
-from controller.ports import Clock
+from controller.roles.adapters import Adapters
 from controller.roles.fence import fence_off
 
 log = logging.getLogger(__name__)
@@ -32,10 +30,10 @@ log = logging.getLogger(__name__)
 class Controller:
     """The control loop in the main thread's event loop; kopf, LISTEN and reconcile's database calls in threads."""
 
-    def __init__(self, settings: Settings, pool: Pool, clock: Clock) -> None:
-        self._settings, self._pool, self._clock = settings, pool, clock
+    def __init__(self, settings: Settings, adapters: Adapters) -> None:
+        self._settings, self._pool, self._clock = settings, adapters.pool, adapters.clock
         self._policies = Policies(settings.policy_file)
-        self._store = PgRunStore(pool, app_version=settings.app_version)
+        self._store, self._cluster = adapters.runs, adapters.cluster
         self.operator: Operator | None = None
         self.watch: Watch | None = None
         self.leading = False
@@ -49,7 +47,7 @@ class Controller:
                     api,
                     namespace=self._settings.namespace,
                     identity=self._settings.pod_name,
-                    leading=lambda: self._lead(kube.KubeCluster(api)),
+                    leading=lambda: self._lead(self._cluster(api)),
                     lost=self._lost,
                 )
             )
@@ -59,6 +57,7 @@ class Controller:
                 leader.result()
             leader.cancel()
             await asyncio.gather(leader, return_exceptions=True)
+            await release(api, namespace=self._settings.namespace, identity=self._settings.pod_name)
         finally:
             await api.close()  # type: ignore[no-untyped-call]
 

@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-from controller.core.errors import SisuError
 from controller.ports import Clock, LeaseStore, WorkStore
 from controller.workflows import engine
 
@@ -17,37 +16,41 @@ log = logging.getLogger(__name__)
 
 
 class Lease:
-    """Heartbeat of one executor. `fence_off(reason)` must not return."""
+    """Heartbeat of one executor, and a watchdog beside it: a heartbeat that hangs must not hide that the lease ran out.
+
+    `fence_off(reason)` must not return.
+    """
 
     def __init__(
         self, store: LeaseStore, *, executor: str, ttl: float, clock: Clock, fence_off: Callable[[str], None]
     ) -> None:
         self._store, self._executor, self._ttl, self._clock, self._fence_off = store, executor, ttl, clock, fence_off
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        self._renewed = clock.monotonic()
+        self._loops = (
+            Loop("lease", self._beat, seconds=ttl / 3),
+            Loop("lease-watchdog", self._watch, seconds=min(0.5, ttl / 6)),
+        )
 
     def start(self) -> None:
         """Take the lease, before anything is dequeued."""
-        self._store.beat(self._executor, ttl=self._ttl)
-        self._thread.start()
+        self._beat()
+        for loop in self._loops:
+            loop.start()
 
     def stop(self) -> None:
         """Release it: peers take over within one sweep."""
-        self._stop.set()
-        self._thread.join(2)
+        for loop in reversed(self._loops):
+            loop.stop()
         self._store.release(self._executor)
 
-    def _run(self) -> None:
-        renewed = self._clock.monotonic()
-        while not self._stop.wait(self._ttl / 3):
-            began = self._clock.monotonic()
-            if began - renewed > self._ttl:
-                self._fence_off("the executor lease could not be renewed")
-            try:
-                self._store.beat(self._executor, ttl=self._ttl)
-                renewed = began
-            except SisuError as e:
-                log.warning("lease not renewed", extra={"executor": self._executor, "error": str(e)})
+    def _beat(self) -> None:
+        began = self._clock.monotonic()
+        self._store.beat(self._executor, ttl=self._ttl)
+        self._renewed = began
+
+    def _watch(self) -> None:
+        if self._clock.monotonic() - self._renewed > self._ttl:
+            self._fence_off("the executor lease could not be renewed")
 
 
 class Loop:

@@ -308,7 +308,7 @@ class MemoryRunStore:
 
     def _reopen_plan(self, row: Run, count: int) -> bool:
         gone: dict[str, Any] = dict.fromkeys(
-            "digest record plan result approval_name approval_uid approval_deadline".split()
+            ["digest", "record", "plan", "result", "approval_name", "approval_uid", "approval_deadline"]
         )
         if not self._move(row, Event.RETRY, retry_count=count, plan_no=row.plan_no + 1, **gone):
             return False
