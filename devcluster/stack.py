@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,9 +219,12 @@ class Stack:
         }
 
     def controller(
-        self, *, name: str = "controller", role: str = "all", wait: bool = True, **settings: str
+        self, *, name: str = "controller", role: str = "all", program: Sequence[str] = (), **settings: str
     ) -> Controller:
-        """Start the product as its own process. `wait` until it is ready."""
+        """Start the product as its own process and wait until it is ready.
+
+        `program` replaces `-m controller run --role ROLE`: a test's own composition of the same parts.
+        """
         log = self.state / f"{name}.log"
         port_file = self.state / f"{name}.port"
         port_file.unlink(missing_ok=True)
@@ -229,7 +232,7 @@ class Stack:
             settings["SBX_TOOLCHAINS"] = str(toolchain())
         child = spawn(
             name,
-            [sys.executable, "-m", "controller", "run", "--role", role],
+            [sys.executable, *(program or ("-m", "controller", "run", "--role", role))],
             log=log,
             detach=self.detach,
             cwd=ROOT,
@@ -242,7 +245,7 @@ class Stack:
                 raise DevclusterError(f"the controller did not start; the end of {log}:\n{tail(log, 30)}")
             time.sleep(0.05)
         started = Controller(child=child, log=log, admin=f"http://127.0.0.1:{port_file.read_text().strip()}")
-        while wait and not started.ready():
+        while not started.ready():
             if not child.alive() or time.monotonic() > deadline:
                 raise DevclusterError(
                     f"the controller is not ready: {started.get('/readyz')}; the end of {log}:\n{tail(log, 30)}"

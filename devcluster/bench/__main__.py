@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ import typer
 from devcluster.bench import bare, machine, product
 from devcluster.bench.costs import Meter
 from devcluster.bench.numbers import Row
+from devcluster.bench.people import NAMESPACE
 from devcluster.bench.progress import elapsed, say, show
 from devcluster.errors import DevclusterError
 from devcluster.processes import tail
@@ -51,15 +52,23 @@ class Sizes:
 QUICK = Sizes(probes=30, bare=300, runs=6, intents=40, tasks=100)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was asked for. `settings` are the controller's."""
+
+    sizes: Sizes
+    wanted: frozenset[Section]
+    parallelism: tuple[int, ...]
+    seed: int
+    settings: Mapping[str, str]
+
+
 @dataclass
 class Bench:
     """One run: sections in the order of the table, and details for --json."""
 
     stack: Stack
-    sizes: Sizes
-    wanted: frozenset[Section]
-    parallelism: list[int]
-    seed: int
+    choice: Choice
     sections: dict[str, list[Row]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -67,13 +76,13 @@ class Bench:
         """The machine first, while no controller runs; then the product."""
         self._machine()
         say("controller (SBX_MODE=mock, OC_MODE=replay)")
-        controller = self.stack.controller()
+        controller = self.stack.controller(name="controller", role="all", wait=True, **self.choice.settings)
         try:
-            self.stack.kubectl("create", "namespace", product.NAMESPACE)
+            self.stack.kubectl("create", "namespace", NAMESPACE)
             meter = Meter(self.stack, controller)
             self._product(meter)
             meter.close()
-        except BaseException:
+        except Exception:
             say(f"the end of the controller's log:\n{tail(controller.log, 15)}")
             raise
         finally:
@@ -81,29 +90,31 @@ class Bench:
 
     def _machine(self) -> None:
         rows: list[Row] = []
-        if Section.machine in self.wanted:
+        if Section.machine in self.choice.wanted:
             say("machine: API server and PostgreSQL")
-            rows += machine.api_server(self.stack, count=self.sizes.probes)
-            rows += machine.postgres(self.stack, count=5 * self.sizes.probes)
-        if self.wanted & {Section.machine, Section.fanout}:
+            rows += machine.api_server(self.stack, count=self.choice.sizes.probes)
+            rows += machine.postgres(self.stack, count=5 * self.choice.sizes.probes)
+        if self.choice.wanted & {Section.machine, Section.fanout}:
             say("machine: bare DBOS queue")
-            rows += bare.measure(self.stack, count=self.sizes.bare)
+            rows += bare.measure(self.stack, count=self.choice.sizes.bare)
         if rows:
             self.sections["the machine, without the product"] = rows
 
     def _product(self, meter: Meter) -> None:
         say("idle controller")
         nothing = product.idle(meter)
-        if Section.latency in self.wanted:
-            say(f"{self.sizes.runs} intents, one at a time")
-            rows = product.latency(self.stack, runs=self.sizes.runs, seed=self.seed)
+        if Section.latency in self.choice.wanted:
+            say(f"{self.choice.sizes.runs} intents, one at a time")
+            rows = product.latency(self.stack, runs=self.choice.sizes.runs, seed=self.choice.seed)
             self.sections["one intent at a time"] = rows
-        if Section.throughput in self.wanted:
-            say(f"{self.sizes.intents} intents at once")
-            many = product.throughput(self.stack, meter, intents=self.sizes.intents, idle_commits=nothing.commits_per_s)
+        if Section.throughput in self.choice.wanted:
+            say(f"{self.choice.sizes.intents} intents at once")
+            many = product.throughput(
+                self.stack, meter, intents=self.choice.sizes.intents, idle_commits=nothing.commits_per_s
+            )
             self.sections["many intents at once"] = many.rows
             self.details |= many.details
-        if Section.fanout in self.wanted:
+        if Section.fanout in self.choice.wanted:
             self.sections["fan-out"] = self._fan_out(meter, nothing.commits_per_s)
         end = Row(key="end_rss_mib", what="controller at the end: memory (RSS)", value=meter.memory_mib(), unit="MiB")
         self.sections["nothing to do"] = [*nothing.rows, end]
@@ -112,12 +123,12 @@ class Bench:
         measured = self.sections["the machine, without the product"]
         one_step = next(row.value for row in measured if row.key == "bare_one_step_per_s")
         rows: list[Row] = []
-        for parallelism in self.parallelism:
-            say(f"fan-out of {self.sizes.tasks} tasks, parallelism {parallelism}")
+        for parallelism in self.choice.parallelism:
+            say(f"fan-out of {self.choice.sizes.tasks} tasks, parallelism {parallelism}")
             rows += product.fan_out(
                 self.stack,
                 meter,
-                tasks=self.sizes.tasks,
+                tasks=self.choice.sizes.tasks,
                 parallelism=parallelism,
                 idle_commits=idle_commits,
                 bare=one_step,
@@ -136,6 +147,9 @@ def main(
     parallelism: Annotated[list[int] | None, typer.Option(min=1, help="May repeat. Default: 10 and 50.")] = None,
     bare_workflows: Annotated[int | None, typer.Option(min=1, help="Workflows of the bare DBOS queue.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random pauses.")] = 42,
+    setting: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="One of the controller's settings; may repeat.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there, too.")] = None,
 ) -> None:
     """Measure latency, throughput and fan-out beside the machine's own limits, on a stack of its own."""
@@ -149,11 +163,21 @@ def main(
     )
     if sizes.tasks not in (100, 1000):
         raise typer.BadParameter("there are recorded plans of 100 and of 1000 tasks", param_hint="--tasks")
+    choice = Choice(
+        sizes=sizes,
+        wanted=frozenset(only or Section),
+        parallelism=tuple(parallelism or (10, 50)),
+        seed=seed,
+        settings=dict(one.split("=", 1) for one in setting or ()),
+    )
+    _report(choice, to)
+
+
+def _report(choice: Choice, to: Path | None) -> None:
     # SIGTERM cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    wanted = frozenset(only or Section)
     try:
-        done, facts = _measure(sizes, wanted=wanted, parallelism=parallelism or [10, 50], seed=seed)
+        done, facts = _measure(choice)
     except KeyboardInterrupt:
         say("interrupted; everything that was started is stopped")
         raise typer.Exit(130) from None
@@ -165,13 +189,12 @@ def main(
         to.write_text(json.dumps(_json(done, facts), indent=1) + "\n")
 
 
-def _measure(
-    sizes: Sizes, *, wanted: frozenset[Section], parallelism: list[int], seed: int
-) -> tuple[Bench, dict[str, str]]:
+def _measure(choice: Choice) -> tuple[Bench, dict[str, str]]:
     facts = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **_machine_facts(), "load before": _load()}
+    facts |= choice.settings
     say("control plane and PostgreSQL (fsync on), from nothing")
     with _stack() as stack:
-        done = Bench(stack=stack, sizes=sizes, wanted=wanted, parallelism=parallelism, seed=seed)
+        done = Bench(stack, choice)
         done.run()
         facts |= {"load after": _load(), "took": f"{elapsed():.0f} s"}
         say("stopping")

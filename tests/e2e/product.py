@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import psycopg
@@ -24,6 +24,7 @@ class Product:
         self.stack, self.namespace, self.title = stack, name, title
         self.controllers: list[Controller] = []
         self.start_log = stack.state / f"{name}.starts"
+        self.settled_log = stack.state / f"{name}.settled"
 
     def __enter__(self) -> Product:
         self.stack.kubectl("create", "namespace", self.namespace)
@@ -46,11 +47,12 @@ class Product:
 
     # ------------------------------------------------------------------ the product
 
-    def start(self, **settings: str) -> Controller:
+    def start(self, *, program: Sequence[str] = (), **settings: str) -> Controller:
         """A controller on this test's database. `SBX_MODE=live` runs bubblewrap, else the mock provider."""
         name = f"{self.namespace}-{len(self.controllers)}"
         one = self.stack.controller(
             name=name,
+            program=program,
             **{
                 "DATABASE_URL": self.database,
                 "POD_NAME": "e2e",  # the same identity takes the leader Lease over at once
@@ -63,6 +65,12 @@ class Product:
         )
         self.controllers.append(one)
         return one
+
+    def start_crashing(self, method: str, when: str, nth: int = 1) -> Controller:
+        """A controller that is SIGKILLed before or after the nth call of this adapter method (tests/support/crash_main.py)."""
+        marker = self.stack.state / f"{self.namespace}.crashed"
+        program = ("-m", "tests.support.crash_main", method, when, str(nth), str(marker), str(self.settled_log))
+        return self.start(program=program)
 
     # ------------------------------------------------------------------ people
 

@@ -99,10 +99,21 @@ def test_nothing_executes_while_the_policy_is_deleted(product: Product) -> None:
         # Without the policy anybody with update rights could vote under any name; bob forges one.
         forged = APPROVE.replace('{"verdict"', '{"approver":"alice@corp","verdict"')
         product.wait(
-            lambda: product.stack.kubectl(
-                "-n", product.namespace, "patch", "pa", approval, "--type=json", "-p", forged, user="bob", check=False
-            ).returncode
-            == 0,
+            lambda: (
+                product.stack.kubectl(
+                    "-n",
+                    product.namespace,
+                    "patch",
+                    "pa",
+                    approval,
+                    "--type=json",
+                    "-p",
+                    forged,
+                    user="bob",
+                    check=False,
+                ).returncode
+                == 0
+            ),
             "the API server has dropped the policy",
         )
         product.wait(lambda: product.status("p").get("reason") == "IdentityNotEnforced", "the status says why")

@@ -6,9 +6,10 @@ Every test has Intents of its own, so the database is never emptied.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -23,13 +24,13 @@ from controller.core.phases import Event, Stage, Status
 from controller.core.run import Intent, Run, Vote
 from controller.core.settings import Settings
 from controller.core.work import Attempt, Context, Execution
-from controller.db.ledger import PgTurnLedger
 from controller.db.lease import PgLeaseStore
+from controller.db.ledger import PgTurnLedger
 from controller.db.pool import Pool, open_pool
 from controller.db.runs import PgRunStore
 from controller.db.work import PgWorkStore
 from controller.ports import RunStore
-from tests.support.builders import DIFF, execution, intent, outcome, plan, requests, settings, vote
+from tests.support.builders import DIFF, execution, intent, outcome, plan, settings, tasks, vote
 from tests.support.memory_store import MemoryRunStore
 
 EXECUTOR = "executor-1"
@@ -137,10 +138,10 @@ class InPostgres:
     def plan_failed(self, uid: str) -> None:
         assert self.work.fail_plan(self.ctx(uid), reason="PlanFailed", error="no plan")
 
-    def execution(self, uid: str, count: int) -> Execution:
+    def execution(self, uid: str, count: int, depends: Mapping[int, Sequence[int]] | None = None) -> Execution:
         ctx = self.ctx(uid)
-        tasks = requests(ctx.run_id, count, generation=ctx.plan_no)
-        return Execution(run_id=ctx.run_id, execution_no=ctx.execution_no, generation=ctx.plan_no, tasks=tasks)
+        made = tasks(ctx.run_id, count, generation=ctx.plan_no, depends=depends)
+        return Execution(run_id=ctx.run_id, execution_no=ctx.execution_no, generation=ctx.plan_no, tasks=made)
 
     def begin_tasks(self, uid: str, count: int, *, running: int) -> None:
         assert self.work.begin_execution(self.execution(uid, count))
@@ -233,11 +234,11 @@ def waiting(world: Stage_, *, with_: Settings | None = None) -> Run:
     return now(world, uid)
 
 
-def executing(world: Stage_, *, tasks: int = 1, running: int = 1, with_: Settings | None = None) -> Run:
+def executing(world: Stage_, *, count: int = 1, running: int = 1, with_: Settings | None = None) -> Run:
     run = waiting(world, with_=with_)
     assert world.store.approve(run, [vote()])
-    if tasks:
-        world.begin_tasks(run.intent_id, tasks, running=running)
+    if count:
+        world.begin_tasks(run.intent_id, count, running=running)
     return now(world, run.intent_id)
 
 
@@ -282,16 +283,16 @@ def at(run: Run) -> tuple[Status, Stage]:
     return run.status, run.stage
 
 
-def race(*calls: Callable[[], bool]) -> list[bool]:
+def race(*calls: Callable[[], Any]) -> list[bool]:
     """All at once, each in a thread of its own; who won."""
     barrier = threading.Barrier(len(calls))
-    won: list[bool | Exception] = [False] * len(calls)
+    won: list[Any] = [False] * len(calls)
 
     def run(index: int) -> None:
         barrier.wait(10)
         try:
             won[index] = calls[index]()
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - raised again below, in the test's own thread
             won[index] = e
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(len(calls))]
@@ -333,8 +334,12 @@ def test_a_waiting_run_holds_its_plan_and_its_patch(world: Stage_) -> None:
     assert at(run) == (Status.WAITING_INPUT, Stage.APPROVE)
     assert run.record is not None and digests.plan_digest(run.record) == run.digest
     assert world.store.patch(run) == DIFF
-    assert run.approval_deadline is not None and run.approval_deadline.microsecond == 0 or world.__class__ is InMemory
     assert run.approval_deadline is not None and run.approval_deadline > datetime.now(UTC)
+
+
+def test_the_deadline_is_the_second_that_people_are_shown(pg: InPostgres) -> None:
+    run = waiting(pg)
+    assert run.approval_deadline is not None and run.approval_deadline.microsecond == 0
 
 
 def test_an_altered_or_missing_patch_is_refused(world: Stage_) -> None:
@@ -411,7 +416,8 @@ def test_a_rejection_says_by_whom_and_why(world: Stage_) -> None:
 def test_two_controllers_that_approve_at_once_start_one_execution(world: Stage_) -> None:
     for _ in range(ROUNDS):
         run = waiting(world)
-        won = race(lambda: world.store.approve(run, [vote()]), lambda: world.store.approve(run, [vote()]))
+        approve = partial(world.store.approve, run, [vote()])
+        won = race(approve, approve)
         assert sorted(won) == [False, True]
         assert now(world, run.intent_id).execution_no == 1
         assert set(world.workflows(run.intent_id)) == {"", ":execute:1"}
@@ -421,9 +427,9 @@ def test_of_approve_reject_and_cancel_at_once_the_first_commit_wins(world: Stage
     for _ in range(ROUNDS):
         run = waiting(world)
         approved, denied, stopped = race(
-            lambda: world.store.approve(run, [vote()]),
-            lambda: world.store.reject(run, [vote("bob@corp", "Reject")]),
-            lambda: world.store.cancel(run, reason="Canceled"),
+            partial(world.store.approve, run, [vote()]),
+            partial(world.store.reject, run, [vote("bob@corp", "Reject")]),
+            partial(world.store.cancel, run, reason="Canceled"),
         )
         after = now(world, run.intent_id)
         assert not (approved and denied)
@@ -439,11 +445,11 @@ def test_of_reject_expire_and_cancel_at_once_exactly_one_wins(world: Stage_) -> 
     for _ in range(ROUNDS):
         run = waiting(world)
         world.pass_deadline(run.intent_id)
-        calls: Sequence[Callable[[], bool]] = [
-            lambda: world.store.reject(run, [vote(verdict="Reject")]),
-            lambda: world.store.expire(run),
-            lambda: world.store.cancel(run, reason="Canceled"),
-            lambda: world.store.approve(run, [vote()]),
+        calls: Sequence[Callable[[], Any]] = [
+            partial(world.store.reject, run, [vote(verdict="Reject")]),
+            partial(world.store.expire, run),
+            partial(world.store.cancel, run, reason="Canceled"),
+            partial(world.store.approve, run, [vote()]),
         ]
         won = race(*calls)
         assert sum(won) == 1 and not won[3]
@@ -470,7 +476,7 @@ def test_a_cancel_while_planning_waits_for_the_workflow(world: Stage_) -> None:
 
 
 def test_a_cancel_waits_for_running_tasks_and_takes_the_queued_ones_off(world: Stage_) -> None:
-    run = executing(world, tasks=3, running=1)
+    run = executing(world, count=3, running=1)
     assert world.store.cancel(run, reason="Canceled")
     after = now(world, run.intent_id)
     assert after.status is Status.CANCELING
@@ -478,9 +484,9 @@ def test_a_cancel_waits_for_running_tasks_and_takes_the_queued_ones_off(world: S
     assert {f.err_code for f in after.tasks.failures} == {"CANCELED"}
 
 
-@pytest.mark.parametrize("tasks", [0, 2], ids=["before its tasks are there", "before one of them runs"])
-def test_a_cancel_of_an_execution_that_runs_nothing_ends_it_at_once(world: Stage_, tasks: int) -> None:
-    run = executing(world, tasks=tasks, running=0)
+@pytest.mark.parametrize("count", [0, 2], ids=["before its tasks are there", "before one of them runs"])
+def test_a_cancel_of_an_execution_that_runs_nothing_ends_it_at_once(world: Stage_, count: int) -> None:
+    run = executing(world, count=count, running=0)
     assert world.store.cancel(run, reason="Canceled")
     after = now(world, run.intent_id)
     assert (after.status, after.reason) == (Status.CANCELED, "Canceled")
@@ -523,7 +529,7 @@ def test_a_retry_after_no_plan_a_red_test_a_rejection_or_expiry_makes_a_new_plan
 
 
 def test_a_retry_after_infrastructure_failed_runs_again_what_failed_under_the_same_approval(world: Stage_) -> None:
-    run = executing(world, tasks=2, running=2)
+    run = executing(world, count=2, running=2)
     world.end_task(run.intent_id, ErrCode.NONE)
     world.end_task(run.intent_id, ErrCode.LOST)
     world.finish(run.intent_id, Event.EXCEED, "InfrastructureFailed")
@@ -532,9 +538,10 @@ def test_a_retry_after_infrastructure_failed_runs_again_what_failed_under_the_sa
     after = now(world, run.intent_id)
     assert at(after) == (Status.RUNNING, Stage.EXECUTE)
     assert (after.execution_no, after.plan_no, after.digest) == (2, 1, run.digest)
-    assert (after.tasks.succeeded, after.tasks.queued) == (1, 1), "what succeeded is kept"
     assert world.workflows(run.intent_id)[":execute:2"] == "ExecutePlanWF"
     world.begin_tasks(run.intent_id, 2, running=1)
+    again = now(world, run.intent_id).tasks
+    assert (again.succeeded, again.running, again.failed) == (1, 1, 0), "what succeeded is kept"
     world.end_task(run.intent_id, ErrCode.NONE)
     world.finish(run.intent_id, Event.SUCCEED, "Succeeded")
     done = now(world, run.intent_id)
@@ -561,7 +568,8 @@ def test_two_retries_at_once_are_one(world: Stage_) -> None:
     for make in (plan_failed, infrastructure_failed):
         for _ in range(ROUNDS // 3):
             run = make(world)
-            won = race(lambda: world.store.retry(run, count=1), lambda: world.store.retry(run, count=1))
+            retry = partial(world.store.retry, run, count=1)
+            won = race(retry, retry)
             assert sorted(won) == [False, True]
             after = now(world, run.intent_id)
             assert (after.plan_no, after.execution_no) in ((2, 0), (1, 2)) and after.next_action is None
@@ -577,7 +585,7 @@ def test_open_runs_are_listed_with_their_names(world: Stage_) -> None:
 
 
 def test_progress_changes_when_a_task_begins_and_when_one_ends(world: Stage_) -> None:
-    run = executing(world, tasks=2, running=0)
+    run = executing(world, count=2, running=0)
     marks = [world.store.progress()[run.intent_id]]
     world.begin_tasks(run.intent_id, 2, running=2)
     marks.append(world.store.progress()[run.intent_id])
@@ -587,7 +595,7 @@ def test_progress_changes_when_a_task_begins_and_when_one_ends(world: Stage_) ->
 
 
 def test_failed_tasks_are_counted_and_at_most_ten_are_listed(world: Stage_) -> None:
-    run = executing(world, tasks=12, running=10)
+    run = executing(world, count=12, running=10)
     for _ in range(10):
         world.end_task(run.intent_id, ErrCode.OOM)
     world.begin_tasks(run.intent_id, 12, running=2)
@@ -747,9 +755,11 @@ class Window:
         return [i for i in self.pg.workflows(self.run.intent_id) if i.startswith(f":{kind}:")]
 
 
-def window(pg: InPostgres, count: int, parallelism: int = 2) -> Window:
-    run = executing(pg, tasks=0, with_=settings(parallelism=parallelism))
-    pieces = pg.execution(run.intent_id, count)
+def window(
+    pg: InPostgres, count: int, parallelism: int = 2, depends: Mapping[int, Sequence[int]] | None = None
+) -> Window:
+    run = executing(pg, count=0, with_=settings(parallelism=parallelism))
+    pieces = pg.execution(run.intent_id, count, depends)
     assert pg.work.begin_execution(pieces)
     return Window(pg, run, pieces)
 
@@ -762,7 +772,7 @@ def test_beginning_an_execution_twice_makes_its_tasks_once_and_keeps_the_window(
 
 
 def test_an_execution_that_is_not_ours_is_not_begun(pg: InPostgres) -> None:
-    run = executing(pg, tasks=0)
+    run = executing(pg, count=0)
     pieces = pg.execution(run.intent_id, 2)
     assert not pg.work.begin_execution(replace(pieces, execution_no=2))
     assert pg.store.cancel(run, reason="Canceled")
@@ -774,7 +784,7 @@ def test_an_attempt_is_journaled_with_a_growing_fence_before_anything_runs(pg: I
     at_ = window(pg, 3)
     first, second = (at_.begin(w) for w in at_.workflows)
     assert first.fence is not None and second.fence is not None and first.fence < second.fence
-    assert first.request == at_.execution.tasks[0][2] and first.task_key == at_.execution.tasks[0][1]
+    assert first.request == at_.execution.tasks[0].request and first.task_key == at_.execution.tasks[0].task_key
     assert first.deadline is not None and first.deadline > datetime.now(UTC)
     assert at_.journal() == [(1, "created"), (1, "created")]
     assert [a.fence for a in pg.work.held(at_.workflows[0])] == [first.fence]
@@ -861,7 +871,7 @@ def test_without_carrying_the_next_task_is_enqueued_and_with_it_begun(pg: InPost
     workflow = at_.workflows[0]
     following = at_.end(at_.begin(workflow), workflow, carry=True)
     assert following is not None and following.fence is not None
-    assert following.request == at_.execution.tasks[1][2] and following.attempt == 1
+    assert following.request == at_.execution.tasks[1].request and following.attempt == 1
     assert len(at_.enqueued("task")) == 1 and at_.journal() == [(1, "done"), (1, "created")]
     last = at_.end(following, workflow)
     assert last is not None and last.fence is None
@@ -883,7 +893,7 @@ def test_never_more_tasks_run_than_the_window_and_the_last_outcome_enqueues_one_
             attempt = at_.end(attempt, workflow, carry=True)
         return True
 
-    race(*(lambda w=w: slot(w) for w in at_.workflows))  # type: ignore[misc]
+    race(*(partial(slot, w) for w in at_.workflows))
     assert at_.counts() == {"succeeded": 20}
     assert at_.enqueued("finish") == [":finish:1"]
     after = now(pg, at_.run.intent_id)
@@ -937,11 +947,8 @@ def test_nothing_is_abandoned_while_a_run_is_not_being_canceled(pg: InPostgres) 
 def test_closing_and_beginning_at_once_never_leave_a_task_in_a_closed_run(pg: InPostgres) -> None:
     for _ in range(ROUNDS):
         at_ = window(pg, 1)
-        workflow = at_.workflows[0]
-        race(
-            lambda: pg.work.begin_attempt(at_.run.run_id, workflow).fence is not None,
-            lambda: pg.store.cancel(at_.run, reason="Canceled"),
-        )
+        begin = partial(pg.work.begin_attempt, at_.run.run_id, at_.workflows[0])
+        race(begin, partial(pg.store.cancel, at_.run, reason="Canceled"))
         after = now(pg, at_.run.intent_id)
         assert after.tasks.running == (1 if after.status is Status.CANCELING else 0)
 
@@ -981,10 +988,62 @@ def test_only_approvals_of_exactly_this_digest_are_counted(pg: InPostgres) -> No
 
 
 def test_refused_bytes_end_the_run(pg: InPostgres) -> None:
-    run = executing(pg, tasks=0)
+    run = executing(pg, count=0)
     assert pg.work.refuse_execution(run.run_id, error="x" * 5000)
     after = now(pg, run.intent_id)
     assert (after.status, after.reason) == (Status.FAILED, "ExecutionRefused") and len(str(after.error)) == 2048
+
+
+# ------------------------------------------------------------------ PostgreSQL only: dependencies
+
+
+def drained(at_: Window, code: Callable[[str], ErrCode] = lambda _: ErrCode.NONE) -> list[str]:
+    """Run every task to its end, one after the other; the order in which they ran."""
+    order: list[str] = []
+    while waiting_ := at_.pg.rows(
+        "SELECT workflow_id FROM app.sbx_runs WHERE run_id = %s AND status = 'queued' AND workflow_id IS NOT NULL ORDER BY idx",
+        at_.run.run_id,
+    ):
+        workflow = waiting_[0][0]
+        attempt = at_.begin(workflow)
+        assert attempt.request is not None
+        order.append(attempt.request.task_id)
+        done = outcome(code(attempt.request.task_id), key=attempt.task_key)
+        assert at_.pg.work.record_outcome(attempt, done, workflow_id=workflow, carry=False) is not None
+    return order
+
+
+def test_a_task_begins_when_all_that_it_depends_on_has_succeeded(pg: InPostgres) -> None:
+    at_ = window(pg, 4, parallelism=4, depends={0: [2, 3], 2: [3]})
+    assert len(at_.workflows) == 2, "t1 and t3 depend on nothing"
+    assert drained(at_) == ["t1", "t3", "t2", "t0"]
+    assert at_.enqueued("finish") == [":finish:1"]
+
+
+def test_what_depends_on_a_failed_task_is_skipped_and_the_run_finishes(pg: InPostgres) -> None:
+    at_ = window(pg, 4, parallelism=4, depends={1: [0], 2: [1]})
+    assert drained(at_, lambda t: ErrCode.CMD_NONZERO if t == "t0" else ErrCode.NONE) == ["t0", "t3"]
+    assert at_.counts() == {"failed": 3, "succeeded": 1}
+    codes = {r.task_id: r.err_code for r in pg.work.results(at_.run.run_id, 1)}
+    assert (codes["t0"], str(codes["t1"]), str(codes["t2"])) == (ErrCode.CMD_NONZERO, "SKIPPED", "SKIPPED")
+    assert at_.enqueued("finish") == [":finish:1"]
+
+
+def test_two_dependencies_that_end_at_once_start_the_task_that_waits_for_both(pg: InPostgres) -> None:
+    for _ in range(ROUNDS):
+        at_ = window(pg, 3, parallelism=2, depends={2: [0, 1]})
+        attempts = [(at_.begin(w), w) for w in at_.workflows]
+        race(*(partial(at_.end, attempt, workflow) for attempt, workflow in attempts))
+        assert drained(at_) == ["t2"] and at_.enqueued("finish") == [":finish:1"]
+
+
+def test_a_retry_after_infrastructure_failed_also_runs_what_was_skipped_for_it(pg: InPostgres) -> None:
+    at_ = window(pg, 2, depends={1: [0]})
+    assert drained(at_, lambda _: ErrCode.LOST) == ["t0"]
+    pg.finish(at_.run.intent_id, Event.EXCEED, "InfrastructureFailed")
+    assert pg.store.retry(now(pg, at_.run.intent_id), count=1)
+    assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
+    assert drained(at_) == ["t0", "t1"] and ":finish:2" in at_.enqueued("finish")
 
 
 # ------------------------------------------------------------------ PostgreSQL only: leases and repair

@@ -14,7 +14,7 @@ from controller.core.phases import Stage, Status
 from controller.core.run import Approval, Intent, Run, Vote
 from controller.core.settings import Policy, Settings, effective
 from controller.core.taskkey import task_key
-from controller.core.work import Context, Outcome
+from controller.core.work import Context, Outcome, Task
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
 DEADLINE = NOW + timedelta(hours=1)
@@ -220,10 +220,20 @@ def request(**changes: Any) -> SBXReq:
     return plain.model_copy(update=changes)
 
 
-def requests(run_id: str, count: int, *, generation: int = 1) -> list[tuple[str, str, SBXReq]]:
-    """(task id, task key, request) of `count` tasks of a run."""
+def tasks(
+    run_id: str, count: int, *, generation: int = 1, depends: Mapping[int, Sequence[int]] | None = None
+) -> list[Task]:
+    """What ExecutePlanWF makes of `count` tasks; `depends` maps a task's number to those that it waits for."""
     made = [request(run_id=run_id, task_id=f"t{n}", cmd=f"echo {n}", generation=generation) for n in range(count)]
-    return [(one.task_id, task_key(one), one) for one in made]
+    return [
+        Task(
+            task_id=one.task_id,
+            task_key=task_key(one),
+            request=one,
+            depends_on=tuple(f"t{d}" for d in (depends or {}).get(n, ())),
+        )
+        for n, one in enumerate(made)
+    ]
 
 
 def response(code: ErrCode = ErrCode.NONE, *, key: str = "", **changes: Any) -> SBXRes:

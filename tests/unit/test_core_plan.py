@@ -411,7 +411,9 @@ def _retried(at: World, count: int) -> World:
         return _moved(at, event, retry_count=count, execution_no=at.run.execution_no + 1)
     at = _moved(at, event, retry_count=count)
     assert at.run is not None
-    forgotten: dict[str, Any] = dict.fromkeys(("digest", "plan", "record", "approval_name", "approval_uid", "approval_deadline"))
+    forgotten: dict[str, Any] = dict.fromkeys(
+        ("digest", "plan", "record", "approval_name", "approval_uid", "approval_deadline")
+    )
     return replace(at, run=replace(at.run, **forgotten), approval=None)
 
 
