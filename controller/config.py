@@ -20,7 +20,7 @@ class ConfigError(Exception):
 class Settings(BaseModel):
     """The names are the source documents'. Secrets are never shown."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     database_url: str = Field(
         alias="DATABASE_URL", repr=False, min_length=1, description="PostgreSQL, e.g. postgresql://user@host:5432/db"

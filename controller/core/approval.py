@@ -53,7 +53,7 @@ def build(run: Run, *, intent_name: str, diff: bytes) -> Shown:
     if len(listed.encode()) <= INLINE_BYTES:
         plan["tasks"] = tasks
     else:
-        plan["tasksRef"] = _spill(parts, f"{name}-tasks", json.dumps(tasks, indent=1, ensure_ascii=False))
+        plan["tasksRef"] = _spill(parts, f"{name}-tasks", tasks_text(tasks))
     policy = {
         "required": run.settings.required,
         "allowRequester": run.settings.allow_requester,
@@ -98,6 +98,11 @@ def _files(names: Sequence[str]) -> list[str]:
 def text_bytes(plan: Mapping[str, Any]) -> int:
     """How much a plan's texts take when they are shown."""
     return sum(len(json.dumps(_shown(plan[key]), ensure_ascii=False).encode()) for key in TEXTS)
+
+
+def tasks_text(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """Spilled tasks, for people to read."""
+    return json.dumps([digests.task_record(task) for task in tasks], indent=1, ensure_ascii=False)
 
 
 def _spill(parts: dict[str, str], name: str, text: str) -> dict[str, str]:

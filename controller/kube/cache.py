@@ -41,10 +41,10 @@ class Cache:
         return uid
 
     def saw_approval(self, obj: Object) -> str:
-        """Keep it unless a newer one of the same uid is known; the uid of its Intent."""
+        """Keep it unless a newer one of that name is known; the uid of its Intent."""
         key = (obj["metadata"]["namespace"], obj["metadata"]["name"])
         known = self._approvals.get(key)
-        if known is None or known["metadata"]["uid"] != obj["metadata"]["uid"] or version(obj) >= version(known):
+        if known is None or version(obj) >= version(known):
             self._approvals[key] = _slim(obj)
         return str(obj["spec"]["intent"]["uid"])
 
@@ -54,7 +54,10 @@ class Cache:
 
     def lost_approval(self, obj: Object) -> str:
         """It is gone; the uid of its Intent."""
-        self._approvals.pop((obj["metadata"]["namespace"], obj["metadata"]["name"]), None)
+        key = (obj["metadata"]["namespace"], obj["metadata"]["name"])
+        known = self._approvals.get(key)
+        if known is not None and known["metadata"]["uid"] == obj["metadata"]["uid"]:
+            del self._approvals[key]  # else a successor of the same name is there already
         return str(obj["spec"]["intent"]["uid"])
 
 

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from controller.core import prompt as prompts
-from controller.core.approval import PART_BYTES, TEXT_BYTES, text_bytes
+from controller.core.approval import PART_BYTES, TEXT_BYTES, tasks_text, text_bytes
 from controller.core.contract import CompileTurn, Need, PlanOutput
-from controller.core.digest import canonical
 from controller.core.errors import InvalidPlan, Permanent, WorkspaceRefused
 from controller.core.model import GitSource, TurnReply, TurnRequest
 from controller.core.prompt import Served
@@ -250,7 +249,7 @@ def _check_shown(plan: PlanOutput) -> None:
         raise InvalidPlan(
             f"plan: summary, design, files, risks and tests take {size} bytes; at most {TEXT_BYTES} can be shown"
         )
-    if (size := len(canonical(value["tasks"]))) > PART_BYTES:
+    if (size := len(tasks_text(value["tasks"]).encode())) > PART_BYTES:
         raise InvalidPlan(f"plan.tasks: {size} bytes; at most {PART_BYTES} can be shown")
     for task in plan.tasks:
         mark = first_hidden(task.title + task.command)

@@ -76,7 +76,7 @@ class Bench:
         """The machine first, while no controller runs; then the product."""
         self._machine()
         say("controller (SBX_MODE=mock, OC_MODE=replay)")
-        controller = self.stack.controller(name="controller", role="all", wait=True, **self.choice.settings)
+        controller = self.stack.controller(name="controller", role="all", program=(), **self.choice.settings)
         try:
             self.stack.kubectl("create", "namespace", NAMESPACE)
             meter = Meter(self.stack, controller)

@@ -141,6 +141,10 @@ class Phases:
                 self._changed.setdefault(name, asyncio.Event()).set()
         raise DevclusterError("the API server ended the watch")
 
+    def versions(self, name: str) -> int:
+        """How many versions of this Intent the watch has shown."""
+        return len(self._seen.get(name, ()))
+
     async def wait(self, name: str, phase: str, *, seconds: float = 60) -> Sight:
         """The first sight of this phase ("" is the first sight of all). Raises when it ends in another one, or in time in none."""
         assert self._task is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from devcluster.stack import Controller, Stack
 # PostgreSQL 15 and later: a backend reports its counters at most once per second while busy, and an idle one only
 # after 10 s (PGSTAT_IDLE_INTERVAL); pg_stat_force_next_flush() reaches no backend but the caller's own.
 SETTLE_SECONDS = 10.6
+CPUS = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Counters at one moment; `minus` is what happened between two."""
+    """Counters at one moment; `minus` is what happened between two. `cpu` is ours by process, `machine_cpu` everybody's."""
 
     at: float
+    machine_cpu: float
     commits: float
     transaction_ids: float
     cpu: Mapping[str, float]
@@ -29,10 +32,18 @@ class Spent:
         """The difference, field by field."""
         return Spent(
             at=self.at - before.at,
+            machine_cpu=self.machine_cpu - before.machine_cpu,
             commits=self.commits - before.commits,
             transaction_ids=self.transaction_ids - before.transaction_ids,
             cpu={name: seconds - before.cpu.get(name, 0.0) for name, seconds in self.cpu.items()},
         )
+
+    @property
+    def shares(self) -> str:
+        """How busy the machine was, and by whom: a hundred percent is one processor."""
+        ours = sum(self.cpu.values())
+        others = max(0.0, self.machine_cpu - ours)
+        return f"busy: ours {100 * ours / self.at:.0f} %, others {100 * others / self.at:.0f} % of {100 * CPUS} %"
 
 
 class Meter:
@@ -67,7 +78,14 @@ class Meter:
         cpu = {name: _seconds(process) for name, process in self._processes.items()}
         own = psutil.Process().cpu_times()  # without its children, which are all of the above
         cpu["bench client"] = own.user + own.system
-        return Spent(at=time.monotonic(), commits=float(row[0]), transaction_ids=float(row[1]), cpu=cpu)
+        everybody = psutil.cpu_times()
+        return Spent(
+            at=time.monotonic(),
+            machine_cpu=everybody.user + everybody.nice + everybody.system + everybody.irq + everybody.softirq,
+            commits=float(row[0]),
+            transaction_ids=float(row[1]),
+            cpu=cpu,
+        )
 
     def memory_mib(self) -> float:
         """Resident memory of the controller."""

@@ -72,6 +72,10 @@ class People:
         one.uid, one.waiting, one.approval = created["metadata"]["uid"], sight.at, sight.status["plan"]["approvalName"]
         return one
 
+    def versions(self, one: Timed) -> int:
+        """How many versions of this Intent they have been shown so far."""
+        return self._seen.versions(one.name)
+
     async def approve(self, one: Timed) -> Timed:
         """Vote, and wait until the watch shows it succeeded."""
         async with self._slots:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devcluster.bench.api import Api, now
-from devcluster.bench.costs import Meter, Spent
+from devcluster.bench.costs import CPUS, Meter, Spent
 from devcluster.bench.numbers import Row, grown, latency_rows, net, percentile, rate
 from devcluster.bench.people import HELLO, NAMESPACE, Timed, moments, people
 from devcluster.bench.progress import say
@@ -161,26 +161,36 @@ def throughput(stack: Stack, meter: Meter, *, intents: int, idle_commits: float)
             note="only what writes; subtransactions count",
         ),
         Row(key="requests_per_intent", what="  API requests per intent", value=calls, note="2 are the people's"),
-        *_cpu_rows(loaded, intents, seconds),
+        *_cpu_rows(loaded, intents, per="intent", key="intents"),
+        Row(
+            key="intents_ceiling_per_s",
+            what="  what these processors allow at that cost",
+            value=CPUS * intents / sum(loaded.cpu.values()),
+            unit="/s",
+            note="with nobody else on the machine",
+        ),
     ]
     per = {kind: round(n / intents, 2) for kind, n in sorted(requests.items(), key=lambda item: -item[1])}
     return Measured(rows, {"requests_per_intent": per})
 
 
-def _cpu_rows(spent: Spent, intents: int, seconds: float) -> list[Row]:
-    note = f"processor time; {100 * sum(spent.cpu.values()) / seconds:.0f} % of one core in all while it lasted"
-    ordered = sorted(spent.cpu.items(), key=lambda item: -item[1])
-    return [
+def _cpu_rows(spent: Spent, count: int, *, per: str, key: str) -> list[Row]:
+    """Processor time of all of it, and of each process that matters."""
+    total = sum(spent.cpu.values())
+    rows = [
         Row(
-            key=f"cpu_{name.replace(' ', '_')}_ms",
-            what=f"  {name}, per intent",
-            value=1000 * used / intents,
+            key=f"{key}_cpu_ms",
+            what=f"  processor time per {per}",
+            value=1000 * total / count,
             unit="ms",
-            note=note if not n else "",
+            note=spent.shares,
         )
-        for n, (name, used) in enumerate(ordered)
-        if used / intents > 0.001
     ]
+    for name, used in sorted(spent.cpu.items(), key=lambda item: -item[1]):
+        if used > 0.05 * total:
+            cpu = f"{key}_cpu_{name.replace(' ', '_')}_ms"
+            rows.append(Row(key=cpu, what=f"    {name}", value=1000 * used / count, unit="ms"))
+    return rows
 
 
 async def _all_at_once(stack: Stack, intents: int) -> tuple[list[Timed], dict[str, float]]:
@@ -198,59 +208,34 @@ async def _all_at_once(stack: Stack, intents: int) -> tuple[list[Timed], dict[st
 # ------------------------------------------------------------------ one with many tasks
 
 
-def fan_out(
-    stack: Stack, meter: Meter, *, tasks: int, parallelism: int, idle_commits: float, bare: float | None
-) -> list[Row]:
+def fan_out(stack: Stack, meter: Meter, *, tasks: int, parallelism: int, idle_commits: float, bare: float) -> list[Row]:
     """One Intent of many tasks, from its approval to its end. `bare` is the one-step queue rate of the same run."""
-    return asyncio.run(_fan_out(stack, meter, tasks, parallelism, idle_commits, bare))
+    one, shown, loaded, spent = asyncio.run(_fan_out(stack, meter, tasks, parallelism))
+    (at,) = moments(stack, [one])
+    if at.tasks != tasks:
+        raise DevclusterError(f"{one.name}: {at.tasks} of {tasks} tasks count once")
+    key, per_s = f"fanout_{parallelism}", rate(tasks, at.closed - at.approved)
+    commits = net(spent.commits, idle_rate=idle_commits, seconds=spent.at) / tasks
+    executing, seen = rate(tasks, at.last_task - at.first_task), rate(tasks, one.done - one.voted)
+    ratio, title = per_s / bare, f"fan-out of {tasks}, parallelism {parallelism}"
+    return [
+        Row(key=f"{key}_per_s", what=title, value=per_s, unit="tasks/s", note="approved → closed, by SQL"),
+        Row(key=f"{key}_ratio", what="  ratio to the bare one-step rate", value=ratio, unit="×", goal=2, at_least=True),
+        Row(key=f"{key}_execution_per_s", what="  first task begun → last task done", value=executing, unit="tasks/s"),
+        Row(key=f"{key}_wall_per_s", what="  approve patch → Succeeded seen", value=seen, unit="tasks/s"),
+        Row(key=f"{key}_commits", what="  database commits per task", value=commits, goal=2, note="net of idle"),
+        Row(key=f"{key}_versions", what="  versions of the Intent meanwhile", value=shown),
+        *_cpu_rows(loaded, tasks, per="task", key=key),
+    ]
 
 
-async def _fan_out(
-    stack: Stack, meter: Meter, tasks: int, parallelism: int, idle_commits: float, bare: float | None
-) -> list[Row]:
+async def _fan_out(stack: Stack, meter: Meter, tasks: int, parallelism: int) -> tuple[Timed, int, Spent, Spent]:
+    """Its moments, how often its status was written, what was spent until the end, and again with every commit reported."""
     async with people(stack) as p:
         limits = {"maxTasks": tasks, "parallelism": parallelism}
         one = await p.apply(f"fan-out-{parallelism}", f"run {tasks} small checks", limits=limits)
         before = await asyncio.to_thread(meter.settled)
+        shown = p.versions(one)
         await p.approve(one)
-        spent = (await asyncio.to_thread(meter.settled)).minus(before)
-    (at,) = moments(stack, [one])
-    if at.tasks != tasks:
-        raise DevclusterError(f"{one.name}: {at.tasks} of {tasks} tasks count once")
-    per_s, key = rate(tasks, at.closed - at.approved), f"fanout_{parallelism}"
-    commits = net(spent.commits, idle_rate=idle_commits, seconds=spent.at) / tasks
-    rows = [
-        Row(
-            key=f"{key}_per_s",
-            what=f"fan-out of {tasks}, parallelism {parallelism}",
-            value=per_s,
-            unit="tasks/s",
-            note="approved → closed, by SQL",
-        ),
-        Row(
-            key=f"{key}_execution_per_s",
-            what="  first task begun → last task done",
-            value=rate(tasks, at.last_task - at.first_task),
-            unit="tasks/s",
-        ),
-        Row(
-            key=f"{key}_wall_per_s",
-            what="  approve patch → Succeeded seen",
-            value=rate(tasks, one.done - one.voted),
-            unit="tasks/s",
-        ),
-        Row(key=f"{key}_commits", what="  database commits per task", value=commits, goal=2, note="net of idle"),
-    ]
-    if bare is not None:
-        rows.insert(
-            1,
-            Row(
-                key=f"{key}_ratio",
-                what="  ratio to the bare one-step rate",
-                value=per_s / bare,
-                unit="×",
-                goal=2,
-                at_least=True,
-            ),
-        )
-    return rows
+        shown, loaded = p.versions(one) - shown, meter.read().minus(before)
+        return one, shown, loaded, (await asyncio.to_thread(meter.settled)).minus(before)
