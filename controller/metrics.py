@@ -22,6 +22,7 @@ WATCH_STALENESS = Gauge("sisukodo_watch_staleness_seconds", "Since the last watc
 IDENTITY_ENFORCED = Gauge(
     "sisukodo_approval_identity_enforced", "1 while the live admission policies are the shipped ones, else 0."
 )
+IDENTITY_ENFORCED.set(float("nan"))  # not known here: only the leader looks, and an alert on 0 must not fire elsewhere
 RECONCILE_SECONDS = Histogram("sisukodo_reconcile_duration_seconds", "One reconcile of one Intent.", buckets=_FAST)
 FENCE_REJECTIONS = Counter(
     "sisukodo_fence_rejections_total", "Outcomes refused because a newer attempt owned the task."

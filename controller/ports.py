@@ -218,7 +218,7 @@ class WorkStore(Protocol):
     def approved_votes(self, run_id: str, digest: str) -> int:
         """Recorded approvals of exactly this digest."""
 
-    def refuse_execution(self, run_id: str, *, error: str) -> bool:
+    def refuse_execution(self, ctx: Context, *, error: str) -> bool:
         """The stored bytes are not the approved bytes."""
 
     def begin_attempt(self, run_id: str, workflow_id: str) -> Attempt:

@@ -98,7 +98,8 @@ CREATE TABLE app.sbx_runs (             -- one row per task
   status text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued','running','succeeded','failed')),
   workflow_id text,                     -- the TaskWF that holds the window slot; NULL = waiting for a slot
   dispatches int NOT NULL DEFAULT 0,    -- > 1 only after a repair
-  attempt int NOT NULL DEFAULT 0,
+  attempt int NOT NULL DEFAULT 0,       -- counts on over executions
+  attempt_base int NOT NULL DEFAULT 0,  -- attempts of former executions: each has three of its own
   fence bigint,                         -- fence of the live attempt: the only authority for accepting an outcome
   provider text, request jsonb NOT NULL, response jsonb, err_code text, metrics jsonb, junit jsonb,
   outcomes int NOT NULL DEFAULT 0,      -- effective (fence-accepted) outcomes: one per execution that ran it
@@ -177,8 +178,9 @@ BEGIN
     workflow_id => p_id, positional_args => ARRAY[to_json(p_arg)], queue_partition_key => p_partition,
     priority => 1000000 - p_priority,   -- DBOS runs the lowest number first
     app_version => p_version, application_name => 'sisu-kodo');
-  SELECT w.name, w.inputs::jsonb INTO v_name, v_inputs FROM dbos.workflow_status w WHERE w.workflow_uuid = p_id;
-  IF v_name <> p_workflow::text OR v_inputs->'positionalArgs' <> jsonb_build_array(p_arg) THEN
+  SELECT w.name, i.inputs::jsonb INTO v_name, v_inputs
+    FROM dbos.workflow_status w JOIN dbos.workflow_input i USING (workflow_uuid) WHERE w.workflow_uuid = p_id;
+  IF v_name IS DISTINCT FROM p_workflow::text OR v_inputs->'positionalArgs' IS DISTINCT FROM jsonb_build_array(p_arg) THEN
     RAISE EXCEPTION 'workflow % exists as %(%)', p_id, v_name, v_inputs->'positionalArgs' USING ERRCODE = 'unique_violation';
   END IF;
   RETURN p_id;
@@ -231,7 +233,7 @@ CREATE FUNCTION app.record_outcome(
   p_run_id text, p_task_key text, p_fence bigint, p_status text, p_err_code text, p_provider text, p_response jsonb, p_metrics jsonb,
   p_junit jsonb, p_artifacts jsonb, p_shas text[], p_blobs bytea[], p_chunk_kinds text[], p_chunk_data bytea[], p_chunk_base int,
   p_workflow_id text, p_executor text, p_carry boolean, p_version text)
-RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_fence bigint, next_request jsonb)
+RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_try int, next_fence bigint, next_request jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE v_run app.runs; v_task app.sbx_runs; v_next app.sbx_runs; v_priority int; v_partition text;
 BEGIN
@@ -277,7 +279,7 @@ BEGIN
       INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
       VALUES (v_next.fence, p_run_id, v_next.task_key, v_next.attempt, 'created', p_executor);
       IF v_run.depends THEN PERFORM app.top_up(p_run_id, p_version); END IF;
-      RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.fence, v_next.request;
+      RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.attempt - v_next.attempt_base, v_next.fence, v_next.request;
       RETURN;
     ELSIF FOUND THEN
       PERFORM app.enqueue('TaskWF', v_next.workflow_id, p_run_id, p_version, v_partition, v_priority);
@@ -292,5 +294,5 @@ BEGIN
       END IF;
     END IF;
   END IF;
-  RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::bigint, NULL::jsonb;
+  RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::int, NULL::bigint, NULL::jsonb;
 END $$;

@@ -20,7 +20,7 @@ BEGIN
     EXECUTE format('GRANT INSERT, UPDATE ON app.runs, app.run_transitions, app.executor_leases TO %I', r);
   END LOOP;
 END $$;
-GRANT INSERT, UPDATE ON app.intents, app.plan_approvals TO sisukodo_controller;
+GRANT INSERT ON app.intents, app.plan_approvals TO sisukodo_controller;   -- append-only
 GRANT INSERT, UPDATE ON app.run_steps, app.opencode_calls, app.sbx_runs, app.sbx_attempts, app.mock_receipts, app.blobs, app.artifacts, app.chunks
   TO sisukodo_worker;
 GRANT UPDATE ON app.sbx_runs TO sisukodo_controller;       -- a cancel takes queued tasks off

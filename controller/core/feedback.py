@@ -14,6 +14,8 @@ def of_run(run: Run) -> str | None:
     if run.stage in (Stage.EXECUTE, Stage.FINISH):
         failures = [(f.task, f.err_code) for f in run.tasks.failures]
         return tasks_feedback(summary=str(run.plan["summary"]), failures=failures)
+    if run.status is Status.EXPIRED:
+        return f"The former plan was: {cut(str(run.plan['summary']))}\nNobody decided on it in time."
     if run.status is Status.REJECTED:
         return f"The former plan was: {cut(str(run.plan['summary']))}\nPeople did not accept it: {cut(run.error or 'no reason was given')}"
     return None

@@ -121,9 +121,10 @@ def decide(world: World) -> tuple[Action, ...]:
     """What to do now, in order. At most one action changes the database; after it, look again."""
     if world.intent.deleting:
         return _deleting(world)
-    if _store_behind(world) or _consumed_before(world):
+    consumed = _consumed_before(world)
+    if consumed or _store_behind(world):
         return _write(
-            world, projection.stalled(world.intent, reason="StoreBehind", store_id=world.store_id, now=world.now)
+            world, projection.stalled(world.intent, store_id=world.store_id, now=world.now, consumed=consumed)
         )
     if world.run is None:
         return _new(world)

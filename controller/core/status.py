@@ -99,12 +99,16 @@ def held(intent: Intent, *, reason: str, store_id: str, now: datetime) -> dict[s
     }
 
 
-def stalled(intent: Intent, *, reason: str, store_id: str, now: datetime) -> dict[str, Any]:
-    """Keep what the status says, and add that a person must look."""
-    message = (
-        f"{REASONS[reason]}. This database is {store_id}. To let it take over: "
-        f"kubectl annotate intent {intent.name} sisukodo.dev/acknowledge-store={store_id}"
+def stalled(intent: Intent, *, store_id: str, now: datetime, consumed: bool = False) -> dict[str, Any]:
+    """StoreBehind: keep what the status says, and add that a person must look."""
+    reason = "StoreBehind"
+    remedy = (
+        "This plan's approval was executed before and is never consumed again: set spec.cancel, or delete the Intent"
+        if consumed
+        else "To let this database take over: "
+        f"kubectl annotate intent {intent.name} -n {intent.namespace} sisukodo.dev/acknowledge-store={store_id}"
     )
+    message = f"{REASONS[reason]}. This database is {store_id}. {remedy}"
     others = [dict(c) for c in intent.status.get("conditions", ()) if c["type"] != "Stalled"]
     return {
         **intent.status,
@@ -123,13 +127,14 @@ def reason_of(run: Run, *, identity: str | None, approval_problem: str | None) -
         return {Stage.PLAN: "Planning", Stage.FINISH: "Finishing"}.get(run.stage, "Executing")
     fixed = {
         Status.QUEUED: "Queued",
-        Status.CANCELING: "Canceling",
         Status.REPAIRING: "Repairing",
         Status.SUCCEEDED: "Succeeded",
         Status.REJECTED: "Rejected",
         Status.EXPIRED: "Expired",
         Status.CANCELED: "Canceled",
     }
+    if run.status is Status.CANCELING:
+        return "Canceling"
     return run.reason or fixed.get(run.status, "NoReason")
 
 
@@ -196,6 +201,8 @@ def _tasks(run: Run) -> dict[str, Any] | None:
 def _next_action(intent: Intent, run: Run) -> str | None:
     if run.status is Status.WAITING_INPUT and run.approval_name:
         return f"Review and decide: kubectl describe planapproval {run.approval_name} -n {intent.namespace}"
+    if run.status.terminal and run.next_action:
+        return run.next_action
     if run.status in (Status.FAILED, Status.RETRIES_EXCEEDED, Status.REJECTED, Status.EXPIRED):
         return f"To try again set spec.retry to {run.retry_count + 1}"
     return None

@@ -59,7 +59,10 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One journaled attempt. `fence` is None when there is nothing to run: read `run_status` and `leased` for why."""
+    """One journaled attempt. `attempt` counts over all executions, `try_no` in this one.
+
+    `fence` is None when there is nothing to run: read `run_status` and `leased` for why.
+    """
 
     run_id: str
     run_status: Status
@@ -67,6 +70,7 @@ class Attempt:
     deadline: datetime | None = None
     task_key: str = ""
     attempt: int = 0
+    try_no: int = 0
     fence: int | None = None
     request: SBXReq | None = None
     superseded: Sequence[tuple[int, int]] = ()

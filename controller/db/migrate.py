@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from pathlib import Path
 
 import psycopg
@@ -29,7 +30,7 @@ def migrate(url: str, *, folder: Path = FOLDER) -> list[str]:
     """Apply what is missing; the names that were applied now. Raises Permanent for a changed or an unknown `post` migration."""
     with psycopg.connect(url, autocommit=True) as c:
         # The session lock also covers DBOS' migrations, some of which cannot run in a transaction.
-        c.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
+        _lock(c)
         try:
             DBOS.migrate(sqlalchemy_url(url), schema="dbos")
             applied = _ours(c, folder)
@@ -38,6 +39,15 @@ def migrate(url: str, *, folder: Path = FOLDER) -> list[str]:
             return applied
         finally:
             c.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
+
+
+def _lock(c: psycopg.Connection) -> None:
+    """Poll instead of waiting in the server: a waiting statement holds a snapshot, and CREATE INDEX CONCURRENTLY waits for those."""
+    while True:
+        row = c.execute("SELECT pg_try_advisory_lock(%s)", (_LOCK,)).fetchone()
+        if row is not None and row[0]:
+            return
+        time.sleep(0.2)
 
 
 def _ours(c: psycopg.Connection, folder: Path) -> list[str]:

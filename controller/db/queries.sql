@@ -39,6 +39,15 @@ UPDATE app.runs SET status = %(target)s, stage = coalesce(%(stage)s, stage), rea
        closed = closed + (%(terminal)s AND stage IN ('execute','finish'))::int
  WHERE id = %(run_id)s AND status = ANY(%(sources)s)
 
+-- name: fail_plan
+UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s, next_action = NULL, finished_at = clock_timestamp()
+ WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'plan' AND plan_no = %(plan_no)s
+
+-- name: refuse_execution
+UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
+       finished_at = clock_timestamp(), closed = closed + 1
+ WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'execute' AND execution_no = %(execution_no)s
+
 -- name: record_approval_object
 UPDATE app.runs SET approval_name = %(name)s, approval_uid = %(uid)s
  WHERE id = %(run_id)s AND status = 'waiting_input' AND digest = %(digest)s
@@ -99,7 +108,7 @@ UPDATE app.runs SET status = %(target)s, stage = %(stage)s, execution_no = execu
 RETURNING execution_no, intent_id, (settings->>'priority')::int AS priority
 
 -- name: requeue_failed_tasks
-UPDATE app.sbx_runs t SET status = 'queued', workflow_id = NULL, attempt = 0, fence = NULL, err_code = NULL, finished_at = NULL
+UPDATE app.sbx_runs t SET status = 'queued', workflow_id = NULL, attempt_base = t.attempt, fence = NULL, err_code = NULL, finished_at = NULL
   FROM app.runs r WHERE r.id = %(run_id)s AND t.run_id = r.id AND t.generation = r.plan_no
    AND t.status = 'failed' AND t.err_code = ANY(%(infra)s)
 
@@ -215,7 +224,7 @@ WITH run AS (
   FROM run, leased
   WHERE t.run_id = run.id AND t.workflow_id = %(workflow_id)s AND t.status IN ('queued','running')
     AND run.status = 'running' AND run.stage = 'execute' AND leased.ok
-  RETURNING t.task_key, t.attempt, t.fence, t.request
+  RETURNING t.task_key, t.attempt, t.attempt - t.attempt_base AS try_no, t.fence, t.request
 ), superseded AS (
   UPDATE app.sbx_attempts a SET state = 'unknown', ended_at = clock_timestamp() FROM task
   WHERE a.task_key = task.task_key AND a.state = 'created' RETURNING a.fence, a.attempt
@@ -223,7 +232,7 @@ WITH run AS (
   INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
   SELECT fence, %(run_id)s, task_key, attempt, 'created', %(executor)s FROM task
 )
-SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.fence, task.request,
+SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.try_no, task.fence, task.request,
        (SELECT jsonb_agg(jsonb_build_array(fence, attempt)) FROM superseded) AS superseded
   FROM run CROSS JOIN leased LEFT JOIN task ON true
 

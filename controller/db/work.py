@@ -16,6 +16,7 @@ from controller.core.errors import Drift
 from controller.core.model import Artifact, Chunk
 from controller.core.phases import Event, Stage, Status
 from controller.core.settings import Settings
+from controller.core.visible import visible
 from controller.core.work import Attempt, Context, Execution, Outcome, TaskResult
 from controller.db.blobs import read_blob
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
@@ -116,20 +117,12 @@ class PgWorkStore:
         )
 
     def fail_plan(self, ctx: Context, *, reason: str, error: str) -> bool:
-        return self._end(ctx.run_id, Event.PLAN_FAILED, reason=reason, error=error)
+        params = {"run_id": ctx.run_id, "plan_no": ctx.plan_no, "reason": reason, "error": visible(error)[:2048]}
+        return change(self._pool, "fail_plan", **params, **move_params(Event.PLAN_FAILED)) == 1
 
-    def refuse_execution(self, run_id: str, *, error: str) -> bool:
-        return self._end(run_id, Event.EXECUTE_REFUSED, reason="ExecutionRefused", error=error)
-
-    def _end(self, run_id: str, event: Event, *, reason: str, error: str) -> bool:
-        params = {
-            "run_id": run_id,
-            "reason": reason,
-            "error": error[:2048],
-            "next_action": "RETRY",
-            **move_params(event),
-        }
-        return change(self._pool, "move", **params) == 1
+    def refuse_execution(self, ctx: Context, *, error: str) -> bool:
+        params = {"run_id": ctx.run_id, "execution_no": ctx.execution_no, "error": visible(error)[:2048]}
+        return change(self._pool, "refuse_execution", **params, **move_params(Event.EXECUTE_REFUSED)) == 1
 
     def close_canceled(self, run_id: str) -> bool:
         def body(c: psycopg.Connection[DictRow]) -> bool:
@@ -179,6 +172,7 @@ class PgWorkStore:
             deadline=row["deadline_at"],
             task_key=row["task_key"] or "",
             attempt=row["attempt"] or 0,
+            try_no=row["try_no"] or 0,
             fence=row["fence"],
             request=SBXReq.model_validate(row["request"]) if row["request"] else None,
             superseded=tuple((int(f), int(a)) for f, a in row["superseded"] or ()),
@@ -218,6 +212,7 @@ class PgWorkStore:
             deadline=attempt.deadline,
             task_key=row["next_task_key"] or "",
             attempt=row["next_attempt"] or 0,
+            try_no=row["next_try"] or 0,
             fence=row["next_fence"],
             request=SBXReq.model_validate(row["next_request"]) if row["next_request"] else None,
         )

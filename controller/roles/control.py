@@ -11,6 +11,7 @@ from prometheus_client import Gauge
 
 from controller import metrics
 from controller.config import Settings
+from controller.core.phases import Status
 from controller.db import gauges
 from controller.db.notify import Listener
 from controller.kube import client as kube
@@ -137,8 +138,8 @@ class Controller:
         found = gauges.read(self._pool, app_version=self._settings.app_version)
         _set(metrics.QUEUE_DEPTH, {key: float(n) for key, n in found.depth.items()})
         _set(metrics.QUEUE_OLDEST, {(queue,): age for queue, age in found.oldest.items()})
-        _set(metrics.INTENTS, {(status,): float(n) for status, n in found.runs.items()})
-        _set(metrics.RUN_AGE, {(status,): age for status, age in found.run_age.items()})
+        _set(metrics.INTENTS, {(Status(status).phase,): float(n) for status, n in found.runs.items()})
+        _set(metrics.RUN_AGE, {(Status(status).phase,): age for status, age in found.run_age.items()})
         _set(metrics.STRANDED, {("version",): float(sum(found.stranded.values()))})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from controller import metrics
 from controller.config import Settings
 from controller.db.migrate import sqlalchemy_url
@@ -50,6 +52,7 @@ class Worker:
                 clock=clock,
                 canceled_runs=self._cancel.runs,
                 observe=observe,
+                jitter=random.Random(settings.random_seed).random,
                 fence_off=fence_off,
             )
         )

@@ -33,7 +33,7 @@ def execute_plan(run_id: str) -> str:
         tasks = requests(ctx)
     except Permanent as e:
         log.error("execution refused", extra={"run": run_id, "error": str(e)})
-        me.store.refuse_execution(run_id, error=str(e))
+        me.store.refuse_execution(ctx, error=str(e))
         return "refused"
     me.store.begin_execution(Execution(run_id=run_id, execution_no=number, generation=ctx.plan_no, tasks=tasks))
     return "begun"

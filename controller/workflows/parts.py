@@ -12,7 +12,7 @@ from controller.workflows.compile import TurnLedger
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything outside. `fence_off` ends the process at once: a zombie must not go on."""
+    """Everything outside. `jitter` is in [0, 1), seeded. `fence_off` ends the process at once: a zombie must not go on."""
 
     store: WorkStore
     store_id: str
@@ -23,6 +23,7 @@ class Parts:
     clock: Clock
     canceled_runs: Callable[[], frozenset[str]]
     observe: Callable[[str, str, float], None]
+    jitter: Callable[[], float]
     fence_off: Callable[[str], None]
 
 

@@ -62,11 +62,11 @@ def _one(me: Parts, attempt: Attempt, workflow: str, hand_over_at: float) -> Att
     code = outcome.response.err_code
     if code is ErrCode.CANCELED:
         return me.store.begin_attempt(attempt.run_id, workflow)  # begins nothing: the run is canceling
-    if code.retryable and attempt.attempt < MAX_ATTEMPTS:
+    if code.retryable and attempt.try_no < MAX_ATTEMPTS:
         log.warning(
             "attempt failed", extra={"task_key": attempt.task_key, "attempt": attempt.attempt, "err_code": code.value}
         )
-        me.clock.sleep(BACKOFF_SECONDS[attempt.attempt - 1])
+        me.clock.sleep(BACKOFF_SECONDS[attempt.try_no - 1] * (0.5 + me.jitter()))
         return me.store.begin_attempt(attempt.run_id, workflow)
     carry = me.clock.monotonic() < hand_over_at
     following = me.store.record_outcome(attempt, outcome, workflow_id=workflow, carry=carry)
@@ -89,7 +89,7 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
     """Run the sandbox, or say why it was not run. Never raises for what a task or a provider does."""
     request = attempt.request
     assert request is not None  # an attempt with a fence has one
-    if attempt.attempt > MAX_ATTEMPTS:
+    if attempt.try_no > MAX_ATTEMPTS:
         return _unrun(me, attempt, ErrCode.LOST, f"the worker was lost {MAX_ATTEMPTS} times while this task ran")
     stream = ChunkStream(
         write=lambda chunks, base: me.store.add_chunks(attempt, chunks, base=base), now=me.clock.monotonic

@@ -134,41 +134,24 @@ def throughput(stack: Stack, meter: Meter, *, intents: int, idle_commits: float)
     loaded = meter.read().minus(before)
     spent = meter.settled().minus(before)
     moments(stack, took)
-    seconds = max(t.done for t in took) - min(t.applied for t in took)
+    per_s = rate(intents, max(t.done for t in took) - min(t.applied for t in took))
     commits = net(spent.commits, idle_rate=idle_commits, seconds=spent.at) / intents
-    ids = spent.transaction_ids / intents
-    calls = sum(requests.values()) / intents
+    ids, calls = spent.transaction_ids / intents, sum(requests.values()) / intents
+    ceiling = CPUS * intents / sum(loaded.cpu.values())
+    note = "net of idle; reads count, subtransactions do not"
+    title, allowed = f"{intents} intents, end to end", "  what these processors allow at that cost"
     rows = [
-        Row(
-            key="intents_per_s",
-            what=f"{intents} intents, end to end",
-            value=rate(intents, seconds),
-            unit="/s",
-            goal=15,
-            at_least=True,
-        ),
-        Row(
-            key="commits_per_intent",
-            what="  database commits per intent",
-            value=commits,
-            goal=40,
-            note="net of idle; reads count, subtransactions do not",
-        ),
+        Row(key="intents_per_s", what=title, value=per_s, unit="/s", goal=15, at_least=True),
+        Row(key="commits_per_intent", what="  database commits per intent", value=commits, goal=40, note=note),
         Row(
             key="xids_per_intent",
             what="  transaction ids per intent",
             value=ids,
-            note="only what writes; subtransactions count",
+            note="writes and their subtransactions",
         ),
         Row(key="requests_per_intent", what="  API requests per intent", value=calls, note="2 are the people's"),
         *_cpu_rows(loaded, intents, per="intent", key="intents"),
-        Row(
-            key="intents_ceiling_per_s",
-            what="  what these processors allow at that cost",
-            value=CPUS * intents / sum(loaded.cpu.values()),
-            unit="/s",
-            note="with nobody else on the machine",
-        ),
+        Row(key="intents_ceiling_per_s", what=allowed, value=ceiling, unit="/s", note="nobody else on the machine"),
     ]
     per = {kind: round(n / intents, 2) for kind, n in sorted(requests.items(), key=lambda item: -item[1])}
     return Measured(rows, {"requests_per_intent": per})

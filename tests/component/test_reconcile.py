@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from controller.kube.operator import MASS, Operator
 from controller.kube.policy import Policies
 from controller.kube.reconcile import Reconciler
 from tests.support.builders import DIFF, NOW, plan, task
-from tests.support.fake_cluster import DENIED, NAMESPACE, SERVICE_ACCOUNT, FakeCluster
+from tests.support.fake_cluster import DENIED, NAMESPACE, SERVICE_ACCOUNT, FakeCluster, merged
 from tests.support.memory_store import MemoryRunStore
 
 POLICY = """\
@@ -322,9 +324,8 @@ async def test_four_eyes(world: World) -> None:
     name = str(world.run(uid).approval_name)
     decisions = [{"approver": a, "verdict": "Approve"} for a in ("carol@corp", "alice@corp", "bob@corp")]
     for count in (1, 2):
-        world.cluster.edit_spec(
-            "planapprovals", name, lambda s, n=count: {**s, "decisions": decisions[:n]}, namespace="strict"
-        )
+        first = {"decisions": decisions[:count]}
+        world.cluster.edit_spec("planapprovals", name, partial(merged, patch=first), namespace="strict")
         await world.settle(uid)
         assert world.run(uid).status is Status.WAITING_INPUT
     world.cluster.edit_spec("planapprovals", name, lambda s: {**s, "decisions": decisions}, namespace="strict")
@@ -531,7 +532,7 @@ async def test_deleting_a_running_intent_waits_for_its_tasks(world: World) -> No
     assert world.cluster.of_kind("intents") == []
 
 
-async def test_an_intent_made_again_under_the_same_name_is_another_one(world: World) -> None:
+async def test_the_status_of_a_deleted_intent_is_not_written_to_its_successor(world: World) -> None:
     uid = world.cluster.apply()
     await world.settle(uid)
     world.store.begin_plan(uid)
@@ -540,12 +541,10 @@ async def test_an_intent_made_again_under_the_same_name_is_another_one(world: Wo
     world.blind = True  # our watch is late
     world.cluster.delete("intents", "fix-median")
     second = world.cluster.apply()
-    world.store._put(world.run(uid))
-    row = world.store.runs[uid]
-    world.store.runs[uid] = Run(**{**row.__dict__, "error": "something that the status does not say yet"})
+    world.store.runs[uid] = replace(world.run(uid), error="something that the status does not say yet")
     with contextlib.suppress(SisuError):
         await world.reconciler.reconcile(uid)
-    assert world.status() == {}, "the old run's status must not be written to the new Intent"
+    assert world.status() == {}
     world.blind = False
     world.restart()
     await world.settle(second)
@@ -582,6 +581,18 @@ async def test_an_event_that_cannot_be_emitted_does_not_hold_the_status_up(world
     assert world.status()["phase"] == "WaitingInput" and world.events() == []
 
 
+class _Later(list[Exception]):
+    """`fail` entries that let `skip` calls through first."""
+
+    def __init__(self, skip: int, error: Exception) -> None:
+        super().__init__([error])
+        self._skip = skip
+
+    def __bool__(self) -> bool:
+        self._skip -= 1
+        return self._skip < 0 and len(self) > 0
+
+
 FAILING = [
     "patch_status",
     "set_finalizer",
@@ -607,8 +618,7 @@ async def test_whatever_fails_once_the_end_is_the_same(tmp_path: Path, method: s
         world.restart()
 
     failing = world.store.fail if method.startswith("store.") else world.cluster.fail
-    calls = [RuntimeError("never raised")] * 0
-    failing[method.removeprefix("store.")] = _after(nth, error, calls)
+    failing[method.removeprefix("store.")] = _Later(nth, error)
     await step()
     world.store.plan_ready(uid, diff=DIFF, plan_json=BIG)
     await step()
@@ -618,22 +628,6 @@ async def test_whatever_fails_once_the_end_is_the_same(tmp_path: Path, method: s
     assert (world.run(uid).status, world.run(uid).execution_no) == (Status.RUNNING, 1)
     assert world.status()["phase"] == "Running" and len(world.cluster.of_kind("planapprovals")) == 1
     assert world.approval(uid)["status"]["decision"] == "Approved"
-
-
-class _Later(list[Exception]):
-    """Raises from the n-th call on, once."""
-
-    def __init__(self, skip: int, error: Exception) -> None:
-        super().__init__([error])
-        self._skip = skip
-
-    def __bool__(self) -> bool:
-        self._skip -= 1
-        return self._skip < 0 and len(self) > 0
-
-
-def _after(nth: int, error: Exception, _: list[Any]) -> list[Exception]:
-    return _Later(nth, error)
 
 
 # ------------------------------------------------------------------ the store
@@ -869,6 +863,7 @@ async def test_the_operator_leads_an_intent_from_apply_to_running(world: World) 
 
 async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> None:
     uid = await everything(world)
+    world.store.begin_tasks(uid, 2, running=1)
     await world.settle(uid)
     made = operator(world)
     async with running(made):

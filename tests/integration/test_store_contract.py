@@ -492,6 +492,19 @@ def test_a_cancel_of_an_execution_that_runs_nothing_ends_it_at_once(world: Stage
     assert (after.status, after.reason) == (Status.CANCELED, "Canceled")
 
 
+def test_a_cancel_decides_on_the_run_as_it_is_and_not_as_it_was_read(world: Stage_) -> None:
+    uid = started(world).intent_id
+    world.begin_plan(uid)
+    stale = now(world, uid)
+    world.plan_ready(uid)
+    run = now(world, uid)
+    assert world.store.record_approval_object(run, name=str(run.approval_name), uid="object")
+    assert world.store.approve(now(world, uid), [vote()])
+    world.begin_tasks(uid, 2, running=0)
+    assert world.store.cancel(stale, reason="Canceled")
+    assert now(world, uid).status is Status.CANCELED
+
+
 @pytest.mark.parametrize("make", [plan_failed, rejected, expired, canceled, infrastructure_failed])
 def test_what_has_ended_is_not_decided_again(world: Stage_, make: Callable[[Stage_], Run]) -> None:
     run = make(world)

@@ -98,9 +98,13 @@ class FakeCluster:
         self._called("namespace_exists")
         return name in self.namespaces
 
-    async def patch_status(self, plural: str, namespace: str, name: str, patch: Mapping[str, Any]) -> Object:
+    async def patch_status(
+        self, plural: str, namespace: str, name: str, patch: Mapping[str, Any], *, uid: str | None = None
+    ) -> Object:
         self._called("patch_status")
         obj = self._found(plural, namespace, name)
+        if uid not in (None, obj["metadata"]["uid"]):
+            raise Conflict("409: the object has been modified: UID in precondition does not match")
         return self._changed(plural, {**obj, "status": merged(obj.get("status", {}), copied(patch))})
 
     async def set_finalizer(self, obj: Object, *, present: bool) -> Object:
@@ -220,7 +224,7 @@ class FakeCluster:
 
     def _get(self, plural: str, namespace: str, name: str) -> Object | None:
         found = self.objects.get((plural, namespace, name))
-        return None if found is None else copied(found)
+        return None if found is None else dict(copied(found))
 
     def _found(self, plural: str, namespace: str, name: str) -> dict[str, Any]:
         if (plural, namespace, name) not in self.objects:
@@ -237,7 +241,7 @@ class FakeCluster:
     def _changed(self, plural: str, new: dict[str, Any]) -> Object:
         meta = new["metadata"]
         if new == self.objects[plural, meta["namespace"], meta["name"]]:
-            return copied(new)  # the API server writes nothing, and nobody sees an event
+            return dict(copied(new))  # the API server writes nothing, and nobody sees an event
         if "deletionTimestamp" in meta and not meta.get("finalizers"):
             return self._gone(plural, new)
         self.version += 1
@@ -247,7 +251,7 @@ class FakeCluster:
         meta = {**obj["metadata"], "resourceVersion": str(self.version)}
         new = self.objects[plural, meta["namespace"], meta["name"]] = {**copied(obj), "metadata": meta}
         self._tell(plural, kind, new)
-        return copied(new)
+        return dict(copied(new))
 
     def _gone(self, plural: str, obj: dict[str, Any]) -> Object:
         meta = obj["metadata"]
@@ -258,8 +262,8 @@ class FakeCluster:
         for (other, _, _), child in list(self.objects.items()):
             if meta["uid"] in {o["uid"] for o in child["metadata"].get("ownerReferences", ())}:
                 self._gone(other, child)
-        return copied(last)
+        return dict(copied(last))
 
     def _tell(self, plural: str, kind: str, obj: Object) -> None:
-        for watcher in list(self.watchers):
+        for watcher in tuple(self.watchers):
             watcher(plural, kind, copied(obj))

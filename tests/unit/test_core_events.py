@@ -82,7 +82,7 @@ def test_what_an_end_tells(started: Run, expected: list[tuple[str, bool]]) -> No
         (of(planned_run(), identity="a policy is missing"), "IdentityNotEnforced"),
         (of(planned_run(), approval=approval(planned_run(), vote(), problem="changed")), "ApprovalTampered"),
         (projection.refused(intent(), problem="spec.recipe: no", now=NOW), "InvalidSpec"),
-        (projection.stalled(intent(status=RUNNING), reason="StoreBehind", store_id="s", now=NOW), "StoreBehind"),
+        (projection.stalled(intent(status=RUNNING), store_id="s", now=NOW), "StoreBehind"),
     ],
 )
 def test_alarms_are_warnings(new: dict[str, Any], alarm: str) -> None:

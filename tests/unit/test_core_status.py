@@ -72,7 +72,7 @@ def test_so_are_the_others(build: str) -> None:
             return projection.refused(intent(status=old), problem="no", now=at)
         if build == "held":
             return projection.held(intent(status=old), reason="Queued", store_id=STORE, now=at)
-        return projection.stalled(intent(status=old), reason="StoreBehind", store_id=STORE, now=at)
+        return projection.stalled(intent(status=old), store_id=STORE, now=at)
 
     first = make({}, NOW)
     assert make(first, LATER) == first
@@ -160,7 +160,7 @@ def test_the_reasons_of_all_conditions_are_in_the_closed_list() -> None:
         found |= _reasons(of(any_run(status, stage)))
     found |= _reasons(projection.held(intent(), reason="Suspended", store_id=STORE, now=NOW))
     found |= _reasons(projection.refused(intent(), problem="no", now=NOW))
-    found |= _reasons(projection.stalled(intent(), reason="StoreBehind", store_id=STORE, now=NOW))
+    found |= _reasons(projection.stalled(intent(), store_id=STORE, now=NOW))
     assert found <= set(REASONS), f"not in the list: {sorted(found - set(REASONS))}"
 
 
@@ -294,7 +294,7 @@ def test_the_other_statuses_of_an_intent_fit_the_crd_too() -> None:
     schema = _schema("intents")
     assert not list(_misfits(schema, projection.held(intent(), reason="Canceled", store_id=STORE, now=NOW)))
     assert not list(_misfits(schema, projection.refused(intent(), problem="x" * 5000, now=NOW)))
-    stalled = projection.stalled(intent(status=of(full())), reason="StoreBehind", store_id=STORE, now=NOW)
+    stalled = projection.stalled(intent(status=of(full())), store_id=STORE, now=NOW)
     assert not list(_misfits(schema, stalled))
 
 
