@@ -34,9 +34,11 @@ COPY controller/ controller/
 # The root file system is read-only at run time, so bytecode is written now. /var/lib/sisu-kodo is a volume in the chart.
 RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash controller \
  && mkdir -p /var/lib/sisu-kodo && chown 65532:65532 /var/lib/sisu-kodo
+# USER: kopf asks for the name of the user, and a number that a cluster chose has none in /etc/passwd.
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     LANG=C.UTF-8 \
+    USER=sisu-kodo \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1

@@ -148,6 +148,9 @@ class RunStore(Protocol):
     def cancel(self, run: Run, *, reason: str) -> bool:
         """Stop it, at once when nothing runs, else as soon as the last sandbox is gone."""
 
+    def adjust(self, run: Run, *, partition: str, priority: int) -> bool:
+        """Take over a changed partition (until tasks exist) and priority."""
+
     def retry(self, run: Run, *, count: int) -> bool:
         """Carry out spec.retry (DESIGN 3.3)."""
 

@@ -81,6 +81,14 @@ class Retry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adjust:
+    """Priority or partition changed: both may, after the start (DESIGN 3.1)."""
+
+    partition: str
+    priority: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class WriteApprovalStatus:
     """PATCH PlanApproval.status to this."""
 
@@ -99,6 +107,7 @@ Action = (
     | Expire
     | Cancel
     | Retry
+    | Adjust
     | WriteApprovalStatus
 )
 
@@ -186,11 +195,24 @@ def _next_step(world: World, run: Run) -> Action | None:
     wanted = int(intent.spec.get("retry", 0))
     if run.status.terminal and wanted > run.retry_count and not intent.spec.get("cancel"):
         return None if retry_event(run.status, run.stage) is None else _reopen(intent, wanted)
+    if (adjust := _adjust(world, run)) is not None:
+        return adjust
     if run.status is Status.WAITING_INPUT:
         return _waiting(world, run)
     if not run.status.terminal and not intent.has_finalizer:
         return AddFinalizer()
     return None
+
+
+def _adjust(world: World, run: Run) -> Action | None:
+    """The partition holds from the first task on; the priority counts for whatever is enqueued from now on."""
+    wanted, now = world.settings, run.settings
+    if wanted is None or run.status.terminal:
+        return None
+    partition = wanted.partition if run.stage in (Stage.PLAN, Stage.APPROVE) else now.partition
+    if (partition, wanted.priority) == (now.partition, now.priority):
+        return None
+    return Adjust(partition=partition, priority=wanted.priority)
 
 
 def _reopen(intent: Intent, wanted: int) -> Action:

@@ -39,6 +39,11 @@ UPDATE app.runs SET status = %(target)s, stage = coalesce(%(stage)s, stage), rea
        closed = closed + (%(terminal)s AND stage IN ('execute','finish'))::int
  WHERE id = %(run_id)s AND status = ANY(%(sources)s)
 
+-- name: adjust
+UPDATE app.runs SET settings = settings || jsonb_build_object('priority', %(priority)s::int, 'partition',
+       CASE WHEN stage IN ('plan','approve') THEN %(partition)s ELSE settings->>'partition' END)
+ WHERE id = %(run_id)s AND status NOT IN ('succeeded','failed','retries_exceeded','canceled','rejected','expired')
+
 -- name: fail_plan
 UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s, next_action = NULL, finished_at = clock_timestamp()
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'plan' AND plan_no = %(plan_no)s

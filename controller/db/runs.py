@@ -139,6 +139,9 @@ class PgRunStore:
 
         return transaction(self._pool, body)
 
+    def adjust(self, run: Run, *, partition: str, priority: int) -> bool:
+        return change(self._pool, "adjust", run_id=run.run_id, partition=partition, priority=priority) == 1
+
     def retry(self, run: Run, *, count: int) -> bool:
         event = retry_event(run.status, run.stage)
         if event is None:

@@ -76,7 +76,7 @@ class Reconciler:
         if self._store_id is None:
             self._store_id = await self._db(self._store.store_id)
         run = await self._db(lambda: self._store.run(uid))
-        settings, problem = (None, None) if run is not None else self._settings(intent)
+        settings, problem = self._settings(intent)
         return plan.World(
             intent=intent,
             run=run,
@@ -167,14 +167,7 @@ class Reconciler:
             await self._db(lambda: store.start(world.intent, action.settings, requested_by=requester))
             return True
         assert run is not None
-        calls: dict[type, Callable[[], bool]] = {
-            plan.Consume: lambda: store.approve(run, getattr(action, "votes", ())),
-            plan.Reject: lambda: store.reject(run, getattr(action, "votes", ())),
-            plan.Expire: lambda: store.expire(run),
-            plan.Cancel: lambda: store.cancel(run, reason=getattr(action, "reason", "Canceled")),
-            plan.Retry: lambda: store.retry(run, count=getattr(action, "count", 0)),
-        }
-        won = await self._db(calls[type(action)])
+        won = await self._db(lambda: _call(store, run, action))
         name = type(action).__name__.lower()
         log.info("decided", extra={"action": name, "won": won, "intent": world.intent.name, "uid": world.intent.uid})
         if not won:
@@ -259,3 +252,21 @@ class Reconciler:
 
     async def _db(self, call: Callable[[], T]) -> T:
         return await asyncio.to_thread(call)
+
+
+def _call(store: RunStore, run: Run, action: plan.Action) -> bool:
+    match action:
+        case plan.Consume(votes=votes):
+            return store.approve(run, votes)
+        case plan.Reject(votes=votes):
+            return store.reject(run, votes)
+        case plan.Expire():
+            return store.expire(run)
+        case plan.Cancel(reason=reason):
+            return store.cancel(run, reason=reason)
+        case plan.Adjust(partition=partition, priority=priority):
+            return store.adjust(run, partition=partition, priority=priority)
+        case plan.Retry(count=count):
+            return store.retry(run, count=count)
+        case _:
+            raise TypeError(f"{type(action).__name__} is no decision")

@@ -37,7 +37,7 @@ class Product:
         for one in self.controllers:
             one.stop()
         # No controller holds the finalizers any more, so Intents go at once.
-        for item in self.list("intents"):
+        for item in self.objects("intents"):
             patch = '{"metadata":{"finalizers":null}}'
             who = {"user": "controller", "check": False}
             self.stack.kubectl(
@@ -114,7 +114,7 @@ class Product:
 
     # ------------------------------------------------------------------ what is
 
-    def list(self, plural: str) -> list[dict[str, Any]]:
+    def objects(self, plural: str) -> list[dict[str, Any]]:
         """All of them in this namespace."""
         items: list[dict[str, Any]] = json.loads(self.kubectl("get", plural, "-o", "json"))["items"]
         return items
@@ -148,7 +148,7 @@ class Product:
                 return found
             if time.monotonic() > deadline:
                 logs = "\n".join(c.log.read_text()[-3000:] for c in self.controllers[-1:])
-                raise AssertionError(f"not within {seconds} s: {what}; last: {self.list('intents')}\n{logs}")
+                raise AssertionError(f"not within {seconds} s: {what}; last: {self.objects('intents')}\n{logs}")
             time.sleep(0.1)
 
     def sql(self, query: str, *params: Any) -> list[tuple[Any, ...]]:

@@ -32,7 +32,7 @@ def test_an_approved_intent_is_executed_once_and_reported(product: Product) -> N
     approval = json.loads(product.kubectl("get", "pa", "-o", "json"))["items"][0]
     assert approval["status"]["decision"] == "Approved"
     assert approval["status"]["consumedBy"]["workflowId"] == f"{uid}:execute:1"
-    reasons = {e["reason"] for e in product.list("events.events.k8s.io")}
+    reasons = {e["reason"] for e in product.objects("events.events.k8s.io")}
     assert {"PlanReady", "ApprovedBy", "Succeeded"} <= reasons
 
 

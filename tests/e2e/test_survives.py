@@ -41,7 +41,7 @@ def test_deleting_a_running_intent_cancels_and_lets_it_go(product: Product) -> N
     product.vote("d")
     product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
     product.kubectl("delete", "intent", "d", "--wait=false", user="carol")
-    product.wait(lambda: product.list("intents") == [], "the Intent is gone", seconds=20)
+    product.wait(lambda: product.objects("intents") == [], "the Intent is gone", seconds=20)
     assert product.sql("SELECT status, reason FROM app.runs") == [("canceled", "Deleted")], "rows outlive the CR"
 
 

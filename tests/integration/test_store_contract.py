@@ -1002,9 +1002,19 @@ def test_only_approvals_of_exactly_this_digest_are_counted(pg: InPostgres) -> No
 
 def test_refused_bytes_end_the_run(pg: InPostgres) -> None:
     run = executing(pg, count=0)
-    assert pg.work.refuse_execution(run.run_id, error="x" * 5000)
+    ctx = pg.ctx(run.intent_id)
+    assert not pg.work.refuse_execution(replace(ctx, execution_no=2), error="of a later execution")
+    assert pg.work.refuse_execution(ctx, error="x" * 5000)
     after = now(pg, run.intent_id)
     assert (after.status, after.reason) == (Status.FAILED, "ExecutionRefused") and len(str(after.error)) == 2048
+
+
+def test_a_refusal_of_an_execution_that_is_over_cannot_end_the_next_one(pg: InPostgres) -> None:
+    run = infrastructure_failed(pg)
+    old = pg.ctx(run.intent_id)
+    assert pg.store.retry(run, count=1)
+    assert not pg.work.refuse_execution(old, error="late")
+    assert now(pg, run.intent_id).status is Status.RUNNING
 
 
 # ------------------------------------------------------------------ PostgreSQL only: dependencies
@@ -1101,3 +1111,12 @@ def test_a_task_whose_workflow_ended_without_an_outcome_is_dispatched_again(pg: 
     second = at_.begin(again)
     assert list(second.superseded) == [(attempt.fence, 1)] and at_.end(attempt, again) is None
     assert at_.end(second, again) is not None
+
+
+def test_partition_and_priority_follow_the_intent_until_tasks_exist(world: Stage_) -> None:
+    run = started(world)
+    assert world.runs.adjust(run, partition="team/b", priority=3)
+    seen = world.runs.run(run.intent_id)
+    assert seen is not None and (seen.settings.partition, seen.settings.priority) == ("team/b", 3)
+    assert world.runs.cancel(seen, reason="Canceled")
+    assert not world.runs.adjust(seen, partition="team/c", priority=4), "the run has ended"

@@ -148,6 +148,16 @@ class MemoryRunStore:
                 self.close_canceled(row.intent_id)
             return True
 
+    def adjust(self, run: Run, *, partition: str, priority: int) -> bool:
+        self._called("adjust")
+        with self.lock:
+            row = self.runs[run.intent_id]
+            if row.status.terminal:
+                return False
+            kept = partition if row.stage in (Stage.PLAN, Stage.APPROVE) else row.settings.partition
+            row.settings = replace(row.settings, partition=kept, priority=priority)
+            return True
+
     def retry(self, run: Run, *, count: int) -> bool:
         self._called("retry")
         with self.lock:

@@ -151,7 +151,7 @@ def test_tasks_that_no_config_map_can_hold_never_become_a_plan() -> None:
 
 def test_as_many_short_tasks_as_a_plan_may_have_fit_into_a_config_map() -> None:
     """They are written with line feeds and spaces, for people: longer than the canonical form that is measured."""
-    for count in (10_000, 9_500, 9_000, 8_000):
+    for count in (9_500, 7_000):
         tasks = [task(n) for n in range(count)]
         try:
             answered(tasks)

@@ -15,7 +15,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* What Services and Deployments find Pods by; component is all, controller or worker. */}}
+{{/* What Services and Deployments find Pods by, with app.kubernetes.io/component: controller or worker. */}}
 {{- define "sisu-kodo.selector" -}}
 app.kubernetes.io/name: sisu-kodo
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -107,6 +107,8 @@ capabilities: {drop: [ALL]}
 {{- $v := $root.Values -}}
 {{- $c := $v.controller -}}
 {{- $works := ne .role "controller" -}}
+{{- /* Not the role: a selector is immutable, and `split` may be switched on later. */}}
+{{- $component := ternary "worker" "controller" (eq .role "worker") }}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
@@ -114,7 +116,7 @@ metadata:
   namespace: {{ $root.Release.Namespace }}
   labels:
     {{- include "sisu-kodo.labels" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .role }}
+    app.kubernetes.io/component: {{ $component }}
 spec:
   replicas: {{ .replicas }}
   strategy: {type: Recreate}
@@ -122,7 +124,7 @@ spec:
   selector:
     matchLabels:
       {{- include "sisu-kodo.selector" $root | nindent 6 }}
-      app.kubernetes.io/component: {{ .role }}
+      app.kubernetes.io/component: {{ $component }}
   template:
     metadata:
       labels:
@@ -130,7 +132,7 @@ spec:
         {{- toYaml . | nindent 8 }}
         {{- end }}
         {{- include "sisu-kodo.labels" $root | nindent 8 }}
-        app.kubernetes.io/component: {{ .role }}
+        app.kubernetes.io/component: {{ $component }}
         sisukodo.dev/metrics: "true"
       annotations:
         {{- with $c.podAnnotations }}
@@ -239,12 +241,12 @@ metadata:
   namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "sisu-kodo.labels" .root | nindent 4 }}
-    app.kubernetes.io/component: {{ .role }}
+    app.kubernetes.io/component: {{ ternary "worker" "controller" (eq .role "worker") }}
 spec:
   maxUnavailable: 1
   selector:
     matchLabels:
       {{- include "sisu-kodo.selector" .root | nindent 6 }}
-      app.kubernetes.io/component: {{ .role }}
+      app.kubernetes.io/component: {{ ternary "worker" "controller" (eq .role "worker") }}
 {{- end }}
 {{- end }}

@@ -1,0 +1,474 @@
+"""The chart, with real helm, against a real API server: what it renders is accepted, restricted, and is what the program reads.
+
+No Pods run here. Values come from charts/sisu-kodo/ci, the folder that chart tools read, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import yaml
+
+from controller import config
+from controller.roles.worker import DRAIN_SECONDS
+from devcluster import build
+from devcluster.cluster import ControlPlane
+from devcluster.stack import Stack
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "sisu-kodo"
+SYSTEM = "sisu-kodo-system"
+RELEASED = "released"  # the development cluster makes the controller's account in SYSTEM before helm could
+MONITORING = "monitoring.coreos.com/v1"
+FLAGS = (
+    "--kube-version",
+    build.KUBERNETES,
+    "--api-versions",
+    "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy",
+)
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a user installs: files of charts/sisu-kodo/ci, single values, a namespace."""
+
+    files: tuple[str, ...] = ("default",)
+    sets: tuple[str, ...] = ()
+    namespace: str = SYSTEM
+
+    @property
+    def flags(self) -> list[str]:
+        files = [x for name in self.files for x in ("--values", str(CHART / "ci" / f"{name}-values.yaml"))]
+        return [*files, *(x for one in self.sets for x in ("--set", one))]
+
+
+CASES = {
+    "default": Case(),
+    "split": Case(files=("split",)),
+    "kind": Case(files=("kind",)),
+    "monitored": Case(
+        sets=(
+            "monitoring.serviceMonitor.enabled=true",
+            "monitoring.prometheusRule.enabled=true",
+            "controller.replicas=2",
+        )
+    ),
+    "walled": Case(sets=("networkPolicy.enabled=true",)),
+    "typed by hand": Case(sets=("admission.mutating=never",)),
+    "elsewhere": Case(sets=("serviceAccount.name=tiger", "database.migrate=false"), namespace="elsewhere"),
+    "without controller": Case(files=(), sets=("controller.enabled=false",)),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+running_cases = pytest.mark.parametrize("name", [name for name in CASES if name != "without controller"])
+
+
+def helm(*args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([build.ensure(build.HELM), *args], capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@cache
+def _rendered(case: Case) -> str:
+    return helm("template", "sisu-kodo", CHART, "-n", case.namespace, *FLAGS, *case.flags).stdout
+
+
+def rendered(name: str) -> list[Object]:
+    return [one for one in yaml.safe_load_all(_rendered(CASES[name])) if one]
+
+
+def find(objects: Sequence[Object], kind: str, name: str = "") -> list[Object]:
+    return [one for one in objects if one["kind"] == kind and name in ("", one["metadata"]["name"])]
+
+
+def pods(objects: Sequence[Object]) -> dict[str, Object]:
+    """Pod templates by the name of their Deployment or Job."""
+    return {one["metadata"]["name"]: one["spec"]["template"] for one in objects if one["kind"] in ("Deployment", "Job")}
+
+
+# --------------------------------------------------------------------------- helm
+
+
+@every_case
+def test_lint(name: str) -> None:
+    done = helm("lint", "--strict", CHART, *FLAGS[:2], *CASES[name].flags, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rendering_twice_gives_the_same() -> None:
+    again = helm("template", "sisu-kodo", CHART, "-n", SYSTEM, *FLAGS, *CASES["split"].flags).stdout
+    assert again == _rendered(CASES["split"]), "nothing random: GitOps tools compare"
+
+
+def test_the_package_is_whole_and_holds_no_tests(tmp_path: Path) -> None:
+    helm("package", CHART, "--destination", tmp_path)
+    with tarfile.open(next(tmp_path.glob("*.tgz"))) as package:
+        members = {one.name.removeprefix("sisu-kodo/"): one for one in package.getmembers()}
+    assert all(one.isfile() for one in members.values()), "links lead out of the package"
+    assert {"files/alerts.yaml", "templates/NOTES.txt", "values.schema.json"} <= set(members)
+    assert {f"templates/crds/{p.name}" for p in (ROOT / "crds").glob("*.yaml")} <= set(members)
+    admission = {f"files/admission/{p.name}" for p in (ROOT / "controller" / "kube" / "admission").glob("*.yaml")}
+    assert admission and admission <= set(members)
+    assert not [name for name in members if name.startswith(("ci/", "tests/"))]
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (("controller.randomSeed=",), "at '/controller/randomSeed': minLength"),
+        (("database.existingSecret=",), "at '/database/existingSecret': minLength"),
+        (("opencode.mode=",), "at '/opencode/mode': value must be one of 'live', 'record', 'replay'"),
+        (("sandbox.mode=fake",), "at '/sandbox/mode': value must be one of"),
+        (("sandbox.provider=docker",), "at '/sandbox/provider': value must be one of 'e2b', 'kubernetes', 'local'"),
+        (("controller.replica=2",), "at '/controller': additional properties 'replica' not allowed"),
+        (("controller.replicas=0",), "at '/controller/replicas': minimum"),
+        (("controller.replicas=two",), "at '/controller/replicas': got string, want integer"),
+        (("controller.image.digest=abc",), "at '/controller/image/digest'"),
+        (("controller.terminationGracePeriodSeconds=3",), "at '/controller/terminationGracePeriodSeconds': minimum"),
+        (("controller.workspaceSize=big",), "at '/controller/workspaceSize'"),
+        (("controller.log.level=debug",), "at '/controller/log/level': value must be one of"),
+        (("database.url=postgresql://x",), "at '/database': additional properties 'url' not allowed"),
+        (("networkPolicy.egressPorts=null",), ""),
+        (("surprise=1",), "additional properties 'surprise' not allowed"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_bad_values_are_refused_by_name(sets: tuple[str, ...], says: str) -> None:
+    done = helm("template", "x", CHART, *FLAGS, *Case(sets=sets).flags, check=False)
+    if says == "":  # null takes a default away, which is Helm's way; the chart must still render
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and says in done.stderr, done.stderr
+
+
+def test_without_values_all_four_are_asked_for() -> None:
+    done = helm("template", "x", CHART, *FLAGS, check=False)
+    for path in ("/controller/randomSeed", "/database/existingSecret", "/opencode/mode", "/sandbox/mode"):
+        assert path in done.stderr
+
+
+# --------------------------------------------------------------------------- what the program reads
+
+
+def _environment(container: Object) -> dict[str, str]:
+    """As the process would see it; what comes from a Secret or the Pod is a stand-in."""
+    return {one["name"]: one.get("value", "stand-in") for one in container["env"]}
+
+
+@running_cases
+def test_every_variable_is_one_that_the_program_reads(name: str) -> None:
+    known = {field.alias for field in config.Settings.model_fields.values()}
+    for pod in pods(rendered(name)).values():
+        environment = _environment(pod["spec"]["containers"][0])
+        assert set(environment) <= known, set(environment) - known
+
+
+@running_cases
+def test_the_program_accepts_its_settings(name: str) -> None:
+    found = [pod for owner, pod in pods(rendered(name)).items() if owner != "sisu-kodo-migrate"]
+    assert found
+    for pod in found:
+        container = pod["spec"]["containers"][0]
+        settings = config.load(_environment(container))
+        mounts = {Path(one["mountPath"]) for one in container["volumeMounts"]}
+        assert settings.policy_file.parent in mounts and settings.workspace_root.parent in mounts
+        assert settings.log_format in ("json", "text")
+        assert container["ports"][0]["containerPort"] == settings.admin_port
+        assert settings.service_account == CASES_ACCOUNT.get(name, "sisu-kodo-controller")
+
+
+CASES_ACCOUNT = {"elsewhere": "tiger"}
+
+
+def test_every_setting_of_the_split_arrives() -> None:
+    found = pods(rendered("split"))
+    controller, worker = (
+        config.load(_environment(found[f"sisu-kodo-{role}"]["spec"]["containers"][0]))
+        for role in ("controller", "worker")
+    )
+    assert (worker.random_seed, worker.app_version) == ("a seed: with 'odd' characters", "v2")
+    assert (worker.oc_mode, worker.oc_base_url, worker.sbx_provider) == (
+        "record",
+        "http://127.0.0.1:4096",
+        "kubernetes",
+    )
+    assert (worker.intent_concurrency, worker.sbx_concurrency, worker.poll_seconds) == (4, 64, 0.5)
+    assert (worker.log_format, worker.log_level, worker.admin_port) == ("text", "DEBUG", 9002)
+    assert worker.git_environ == {
+        "HTTPS_PROXY": "http://proxy.corp:3128",
+        "NO_PROXY": ".svc,10.0.0.0/8",
+        "GIT_SSL_CAINFO": "/etc/sisu-kodo/ca/bundle.pem",
+    }
+    assert controller.oc_server_password == "" and worker.oc_server_password != ""
+
+
+def test_each_process_has_its_own_login() -> None:
+    def login(pod: Object, variable: str) -> str | None:
+        found = [one for one in pod["spec"]["containers"][0]["env"] if one["name"] == variable]
+        return found[0]["valueFrom"]["secretKeyRef"]["key"] if found else None
+
+    found = pods(rendered("split"))
+    assert {name: login(pod, "DATABASE_URL") for name, pod in found.items()} == {
+        "sisu-kodo-controller": "controller",
+        "sisu-kodo-worker": "worker",
+        "sisu-kodo-migrate": "owner",
+    }
+    assert all(login(pod, "DATABASE_URL_WORKER") is None for pod in found.values())
+    one = Case(sets=("database.workerKey=worker",))
+    both = pods([x for x in yaml.safe_load_all(_rendered(one)) if x])["sisu-kodo-controller"]
+    assert (login(both, "DATABASE_URL"), login(both, "DATABASE_URL_WORKER")) == ("DATABASE_URL", "worker")
+
+
+def test_commands_exist() -> None:
+    arguments = {name: pod["spec"]["containers"][0]["args"] for name, pod in pods(rendered("split")).items()}
+    assert arguments == {
+        "sisu-kodo-controller": ["run", "--role", "controller"],
+        "sisu-kodo-worker": ["run", "--role", "worker"],
+        "sisu-kodo-migrate": ["migrate"],
+    }
+    assert pods(rendered("default"))["sisu-kodo-controller"]["spec"]["containers"][0]["args"] == [
+        "run",
+        "--role",
+        "all",
+    ]
+
+
+def test_images_are_named_exactly() -> None:
+    split, default = pods(rendered("split")), pods(rendered("default"))
+    assert {pod["spec"]["containers"][0]["image"] for pod in split.values()} == {
+        "mirror/sisu-kodo@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+    }
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert {pod["spec"]["containers"][0]["image"] for pod in default.values()} == {f"sisu-kodo:{version}"}
+
+
+def test_pods_roll_with_the_policy_and_with_nothing_else() -> None:
+    def checksum(*sets: str) -> str:
+        objects = [one for one in yaml.safe_load_all(_rendered(Case(sets=sets))) if one]
+        return str(pods(objects)["sisu-kodo-controller"]["metadata"]["annotations"]["checksum/policy"])
+
+    assert checksum() == checksum("controller.replicas=2") != checksum("policy.default.required=2")
+
+
+@running_cases
+def test_a_stop_may_take_longer_than_it_does(name: str) -> None:
+    for one in find(rendered(name), "Deployment"):
+        assert one["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > DRAIN_SECONDS + 5
+        assert one["spec"]["strategy"] == {"type": "Recreate"}
+
+
+# --------------------------------------------------------------------------- rights and networks
+
+
+def test_the_worker_may_do_nothing() -> None:
+    objects = rendered("split")
+    pod = pods(objects)["sisu-kodo-worker"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    account = find(objects, "ServiceAccount", pod["serviceAccountName"])[0]
+    assert account["automountServiceAccountToken"] is False
+    subjects = [s for one in objects for s in one.get("subjects", ())]
+    assert {s["name"] for s in subjects} == {"sisu-kodo-controller"}
+    assert pods(objects)["sisu-kodo-migrate"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_names_follow_namespace_and_account() -> None:
+    objects = rendered("elsewhere")
+    assert pods(objects)["sisu-kodo-controller"]["spec"]["serviceAccountName"] == "tiger"
+    namespaced = {one["metadata"]["namespace"] for one in objects if "namespace" in one["metadata"]}
+    assert namespaced == {"elsewhere"}
+    assert "system:serviceaccount:elsewhere:tiger" in json.dumps(find(objects, "ValidatingAdmissionPolicy"))
+    assert find(objects, "Job") == []
+
+
+def _selects(selector: Mapping[str, str], pod: Object) -> bool:
+    return bool(selector.items() <= pod["metadata"]["labels"].items())
+
+
+@running_cases
+def test_selectors_find_what_they_are_for(name: str) -> None:
+    objects = rendered(name)
+    found = pods(objects)
+    service = find(objects, "Service")[0]
+    assert {owner for owner, pod in found.items() if _selects(service["spec"]["selector"], pod)} == {
+        owner for owner in found if owner != "sisu-kodo-migrate"
+    }
+    for one in find(objects, "Deployment") + find(objects, "PodDisruptionBudget"):
+        mine = {o for o, pod in found.items() if _selects(one["spec"]["selector"]["matchLabels"], pod)}
+        assert mine == {one["metadata"]["name"]}
+    for one in find(objects, "NetworkPolicy"):
+        assert all(_selects(one["spec"]["podSelector"]["matchLabels"], pod) for pod in found.values())
+
+
+def test_disruption_budgets_come_with_replicas() -> None:
+    assert find(rendered("default"), "PodDisruptionBudget") == []
+    assert {one["metadata"]["name"] for one in find(rendered("split"), "PodDisruptionBudget")} == {
+        "sisu-kodo-controller",
+        "sisu-kodo-worker",
+    }
+
+
+# --------------------------------------------------------------------------- monitoring: kinds that a bare API server lacks
+
+
+def test_monitoring_is_off_by_default() -> None:
+    assert [one for one in rendered("default") if one["apiVersion"] == MONITORING] == []
+
+
+@pytest.mark.parametrize("name", ["monitored", "split"])
+def test_the_service_monitor_finds_the_service(name: str) -> None:
+    objects = rendered(name)
+    (monitor,) = find(objects, "ServiceMonitor")
+    (service,) = find(objects, "Service")
+    assert monitor["apiVersion"] == MONITORING
+    assert set(monitor["spec"]) == {"jobLabel", "selector", "endpoints"}
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["spec"]["jobLabel"] in service["metadata"]["labels"]
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert endpoint["path"] == "/metrics" and re.fullmatch(r"\d+s", endpoint["interval"])
+
+
+def test_the_rules_are_the_tested_ones() -> None:
+    plain = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    (rule,) = find(rendered("monitored"), "PrometheusRule")
+    assert rule["apiVersion"] == MONITORING
+    assert rule["spec"] == plain
+    (moved,) = find(rendered("split"), "PrometheusRule")
+    assert moved["metadata"]["labels"]["release"] == "prometheus"
+    for one in moved["spec"]["groups"][0]["rules"]:
+        expected = f"https://wiki.corp/sisu-kodo/runbooks#{one['alert'].lower()}"
+        assert one["annotations"]["runbook_url"] == expected
+
+
+# --------------------------------------------------------------------------- a real API server
+
+
+@every_case
+def test_the_api_server_takes_every_object(cluster: Stack, name: str) -> None:
+    objects = [one for one in rendered(name) if one["apiVersion"] != MONITORING]
+    namespace = CASES[name].namespace
+    cluster.kubectl("create", "namespace", namespace, check=False)
+    documents = "\n---\n".join(json.dumps(one) for one in objects)
+    flags = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
+    done = cluster.kubectl("apply", *flags, "-n", namespace, "-f", "-", stdin=documents, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    assert len(done.stdout.splitlines()) == len(objects)
+
+
+@pytest.fixture(scope="module")
+def restricted(cluster: Stack) -> Iterator[str]:
+    """A namespace where only restricted Pods are admitted."""
+    name = "restricted"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def _try_pod(cluster: Stack, namespace: str, spec: Object) -> subprocess.CompletedProcess[str]:
+    # The development cluster's API server asks for a service account that exists.
+    spec = {**spec, "serviceAccountName": "default"}
+    body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "try", "namespace": namespace}, "spec": spec}
+    return cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(body), check=False)
+
+
+@running_cases
+def test_pods_are_restricted(cluster: Stack, restricted: str, name: str) -> None:
+    found = pods(rendered(name))
+    assert found
+    for owner, pod in found.items():
+        answer = _try_pod(cluster, restricted, pod["spec"])
+        assert answer.returncode == 0, f"{owner}: {answer.stderr}"
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        for volume in pod["spec"]["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], "a node's disk is not ours to fill"
+        assert pod["spec"]["containers"][0]["resources"]["limits"]["memory"]
+
+
+@pytest.mark.parametrize("loosened", ["allowPrivilegeEscalation", "capabilities"])
+def test_a_looser_pod_is_refused(cluster: Stack, restricted: str, loosened: str) -> None:
+    """The test above can fail."""
+    spec = json.loads(json.dumps(pods(rendered("default"))["sisu-kodo-controller"]["spec"]))
+    del spec["containers"][0]["securityContext"][loosened]
+    answer = _try_pod(cluster, restricted, spec)
+    assert answer.returncode != 0 and loosened in answer.stderr, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A cluster where nobody but helm has installed anything."""
+    with ControlPlane(tmp_path_factory.mktemp("helm")) as running:
+        yield running
+
+
+def test_install_upgrade_uninstall(plane: ControlPlane, tmp_path: Path) -> None:
+    """CRDs are upgraded with the release and stay without it, with every Intent; all else goes. Hooks would wait for Pods."""
+    kubeconfig = ("--kubeconfig", plane.kubeconfig("admin"))
+
+    def release(verb: str, chart: Path, *flags: str) -> str:
+        return helm(verb, "sisu-kodo", chart, "-n", RELEASED, "--no-hooks", *kubeconfig, *flags).stdout
+
+    def names(kind: str, *flags: str) -> list[str]:
+        return plane.kubectl("get", kind, "-o", "name", *flags).stdout.split()
+
+    notes = release("install", CHART, "--create-namespace", *CASES["default"].flags)
+    assert "kubectl -n released rollout status deployment/sisu-kodo-controller" in notes
+    assert 'add "approver"' not in notes, "this server fills the name in, and helm sees that it does"
+    assert names("deployment", "-n", RELEASED) == ["deployment.apps/sisu-kodo-controller"]
+    plane.kubectl("wait", "--for=condition=Established", "crd/intents.sisukodo.dev", "--timeout=30s")
+
+    newer = tmp_path / "chart"
+    shutil.copytree(CHART, newer)  # links become files
+    crd = newer / "templates" / "crds" / "intents.yaml"
+    # A printer column more: what a new release brings.
+    document = yaml.safe_load(crd.read_text())
+    column = {"name": "Newer", "type": "string", "jsonPath": ".spec.goal", "priority": 1}
+    document["spec"]["versions"][0]["additionalPrinterColumns"].append(column)
+    crd.write_text(yaml.safe_dump(document))
+    split = [*Case(files=("split",)).flags, *("--set", "monitoring.serviceMonitor.enabled=false")]
+    release("upgrade", newer, *split, "--set", "monitoring.prometheusRule.enabled=false")
+    assert "Newer" in plane.kubectl("get", "crd", "intents.sisukodo.dev", "-o", "json").stdout
+    assert len(names("deployment", "-n", RELEASED)) == 2
+    release("upgrade", CHART, *CASES["default"].flags)  # and back: selectors are the same
+    assert len(names("deployment", "-n", RELEASED)) == 1
+
+    intent = {"apiVersion": "sisukodo.dev/v1alpha1", "kind": "Intent", "metadata": {"name": "kept"}}
+    plane.kubectl("apply", "-n", "default", "-f", "-", stdin=json.dumps({**intent, "spec": {"goal": "stay"}}))
+    helm("uninstall", "sisu-kodo", "-n", RELEASED, "--no-hooks", "--wait", *kubeconfig)
+    assert names("crd") == [
+        f"customresourcedefinition.apiextensions.k8s.io/{p}.sisukodo.dev" for p in ("intents", "planapprovals")
+    ]
+    assert names("intents", "-n", "default") == ["intent.sisukodo.dev/kept"]
+    assert names("deployment", "-n", RELEASED) == []
+    assert not [x for x in names("validatingadmissionpolicies") if "sisukodo.dev" in x]
+    # Installed again, helm adopts the CRDs that it kept.
+    release("install", CHART, *CASES["default"].flags)
+
+
+# --------------------------------------------------------------------------- runbooks
+
+
+SQL = re.findall(r"^```sql\n(.*?)^```", (ROOT / "docs" / "runbooks.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_runbooks_sql_is_understood(cluster: Stack) -> None:
+    queries = [query for block in SQL for query in block.split(";") if query.replace("-", "").strip()]
+    assert len(queries) >= 6
+    with psycopg.connect(cluster.database, autocommit=True) as connection:
+        for query in queries:
+            connection.execute(query.encode())
