@@ -38,6 +38,7 @@ RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-has
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     LANG=C.UTF-8 \
+    OC_FIXTURES=/app/opencode/fixtures \
     USER=sisu-kodo \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONPATH=/app \

@@ -74,7 +74,7 @@ class Settings(BaseModel):
     service_account: str = Field("sisu-kodo-controller", alias="SERVICE_ACCOUNT")
     pod_name: str = Field("controller", alias="POD_NAME", min_length=1)
     lease_ttl_seconds: float = Field(15.0, alias="LEASE_TTL_SECONDS", ge=1, le=300)
-    poll_seconds: float = Field(0.1, alias="QUEUE_POLL_SECONDS", ge=0.01, le=60)
+    poll_seconds: float = Field(0.05, alias="QUEUE_POLL_SECONDS", ge=0.01, le=60)
     intent_concurrency: int = Field(16, alias="INTENT_QUEUE_WORKER_CONCURRENCY", ge=1, le=256)
     sbx_concurrency: int = Field(32, alias="SBX_QUEUE_WORKER_CONCURRENCY", ge=1, le=256)
     resync_seconds: float = Field(300.0, alias="RESYNC_SECONDS", ge=1)

@@ -176,8 +176,8 @@ class WorkStore(Protocol):
     def start_plan(self, ctx: Context) -> bool:
         """queued | repairing → running. False: canceled, or another plan generation."""
 
-    def step(self, run_id: str, step_id: str, attempt: int) -> Mapping[str, Any] | None:
-        """A step's committed output."""
+    def steps(self, run_id: str, attempt: int) -> Mapping[str, Mapping[str, Any]]:
+        """The committed outputs of one plan generation, by step."""
 
     def save_step(
         self,

@@ -88,7 +88,9 @@ def refused(intent: Intent, *, problem: str, now: datetime) -> dict[str, Any]:
 def held(intent: Intent, *, reason: str, store_id: str, now: datetime) -> dict[str, Any]:
     """Accepted, but no run exists yet."""
     ended = "True" if reason == "Canceled" else "False"
+    finished = {"finishedAt": intent.status.get("finishedAt") or stamp(now)} if reason == "Canceled" else {}
     return {
+        **finished,
         "observedGeneration": intent.generation,
         "storeId": store_id,
         "phase": "Canceled" if reason == "Canceled" else "Queued",
@@ -196,6 +198,19 @@ def _tasks(run: Run) -> dict[str, Any] | None:
         "unknown": t.unknown,
         "display": f"{t.succeeded + t.failed}/{t.total}",
     }
+
+
+def news(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether people wait for this change, or it is only progress (counts, usage, last step) that may be written once a second."""
+    if any(
+        old.get(k) != new.get(k) for k in ("phase", "reason", "plan", "storeId", "observedGeneration", "observedRetry")
+    ):
+        return True
+    return _gist(old) != _gist(new)
+
+
+def _gist(status: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [(c["type"], c["status"], c["reason"]) for c in status.get("conditions", ())]
 
 
 def _next_action(intent: Intent, run: Run) -> str | None:

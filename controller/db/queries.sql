@@ -163,6 +163,9 @@ UPDATE app.runs SET status = %(target)s, stage = %(stage)s, reason = NULL, error
 -- name: step
 SELECT output FROM app.run_steps WHERE run_id = %(run_id)s AND step_id = %(step_id)s AND attempt = %(attempt)s
 
+-- name: steps
+SELECT step_id, output FROM app.run_steps WHERE run_id = %(run_id)s AND attempt = %(attempt)s AND step_id <> 'ExecuteST'
+
 -- name: insert_step
 INSERT INTO app.run_steps (run_id, step_id, attempt, phase, output, started_at)
 VALUES (%(run_id)s, %(step_id)s, %(attempt)s, %(phase)s, %(output)s, %(started_at)s) ON CONFLICT DO NOTHING
@@ -172,6 +175,9 @@ UPDATE app.runs SET last_step = %(step_id)s, commit_id = coalesce(%(commit_id)s,
 
 -- name: insert_blob
 INSERT INTO app.blobs (sha256, size, content) VALUES (%(sha256)s, %(size)s, %(content)s) ON CONFLICT DO NOTHING
+
+-- name: has_blob
+SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 
 -- name: blob
 SELECT content FROM app.blobs WHERE sha256 = %(sha256)s

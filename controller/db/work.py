@@ -22,6 +22,8 @@ from controller.db.blobs import read_blob
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
 from controller.db.runs import move_params
 
+SEND_BYTES = 64 * 1024
+
 
 def artifact_uri(run_id: str, step_id: str, task_key: str, name: str) -> str:
     """`artifact://run/<runId>/step/<stepId>[/task/<taskKey>]/<name>`."""
@@ -51,9 +53,8 @@ class PgWorkStore:
             == 1
         )
 
-    def step(self, run_id: str, step_id: str, attempt: int) -> Mapping[str, Any] | None:
-        row = one(self._pool, "step", run_id=run_id, step_id=step_id, attempt=attempt)
-        return None if row is None else row["output"]
+    def steps(self, run_id: str, attempt: int) -> Mapping[str, Mapping[str, Any]]:
+        return {r["step_id"]: r["output"] for r in rows(self._pool, "steps", run_id=run_id, attempt=attempt)}
 
     def save_step(
         self,
@@ -74,6 +75,7 @@ class PgWorkStore:
                 self._artifact(c, artifact, **key)
             if fresh:
                 c.execute(SQL["mark_step"], {"run_id": run_id, "step_id": step_id, "commit_id": commit})
+                return output
             stored = c.execute(SQL["step"], key).fetchone()
             kept: Mapping[str, Any] = stored["output"] if stored else output
             if canonical(dict(kept)) != canonical(dict(output)):
@@ -84,6 +86,8 @@ class PgWorkStore:
 
     def put_blob(self, content: bytes) -> str:
         digest = sha256(content)
+        if len(content) > SEND_BYTES and one(self._pool, "has_blob", sha256=digest) is not None:
+            return digest  # a snapshot of a commit that is known: megabytes need not travel
         change(self._pool, "insert_blob", sha256=digest, size=len(content), content=content)
         return digest
 

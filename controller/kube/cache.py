@@ -32,21 +32,23 @@ class Cache:
         """The newest seen version."""
         return self._approvals.get((namespace, name))
 
-    def saw_intent(self, obj: Object) -> str:
-        """Keep it unless a newer one is known; its uid."""
+    def saw_intent(self, obj: Object) -> bool:
+        """Keep it if it is news; whether it is."""
         uid = str(obj["metadata"]["uid"])
         known = self._intents.get(uid)
-        if known is None or version(obj) >= version(known):
-            self._intents[uid] = _slim(obj)
-        return uid
+        if known is not None and version(obj) <= version(known):
+            return False
+        self._intents[uid] = _slim(obj)
+        return True
 
-    def saw_approval(self, obj: Object) -> str:
-        """Keep it unless a newer one of that name is known; the uid of its Intent."""
+    def saw_approval(self, obj: Object) -> bool:
+        """Keep it if it is news; whether it is."""
         key = (obj["metadata"]["namespace"], obj["metadata"]["name"])
         known = self._approvals.get(key)
-        if known is None or version(obj) >= version(known):
-            self._approvals[key] = _slim(obj)
-        return str(obj["spec"]["intent"]["uid"])
+        if known is not None and version(obj) <= version(known):
+            return False
+        self._approvals[key] = _slim(obj)
+        return True
 
     def lost_intent(self, uid: str) -> None:
         """It is gone."""

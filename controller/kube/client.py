@@ -96,10 +96,13 @@ class KubeCluster:
         """Whether the namespace is there."""
         return await self._found(self._core.read_namespace(name)) is not None
 
-    async def patch_status(self, plural: str, namespace: str, name: str, patch: Mapping[str, Any]) -> Object:
-        """Merge-patch the status subresource; the object afterwards."""
+    async def patch_status(
+        self, plural: str, namespace: str, name: str, patch: Mapping[str, Any], *, uid: str
+    ) -> Object:
+        """Merge-patch the status subresource of exactly this object. Raises Conflict when another one has its name now."""
+        body = {"metadata": {"uid": uid}, "status": patch}
         call = self._custom.patch_namespaced_custom_object_status(
-            GROUP, VERSION, namespace, plural, name, {"status": patch}, _content_type=MERGE
+            GROUP, VERSION, namespace, plural, name, body, _content_type=MERGE
         )
         return dict(await _call(call))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ class IdentityGate:
 
     def __init__(self, cluster: AdmissionCluster, *, namespace: str, service_account: str) -> None:
         self._cluster = cluster
+        self._running: asyncio.Task[str | None] | None = None
+        self._next: asyncio.Task[str | None] | None = None
         self._shipped: Sequence[Mapping[str, Any]] = identity.shipped(namespace, service_account)
 
     async def policies(self) -> str | None:
@@ -34,9 +37,21 @@ class IdentityGate:
             return f"the admission policies cannot be read: {e}"
         return "; ".join(found)[:900] or None
 
+    def _shared(self) -> asyncio.Task[str | None]:
+        """One look at the policies for all quorums that stood before it began; never one that had begun earlier."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._look(self._running))
+        return self._next
+
+    async def _look(self, before: asyncio.Task[str | None] | None) -> str | None:
+        if before is not None:
+            await asyncio.wait({before})
+        self._running, self._next = self._next, None
+        return await self.policies()
+
     async def check(self, approval: Mapping[str, Any]) -> str | None:
         """Why a quorum on this PlanApproval must not be consumed, or None."""
-        wrong = await self.policies()
+        wrong = await asyncio.shield(self._shared())
         if wrong is not None:
             return wrong
         answer = await self._cluster.try_forged(identity.forged_write(approval))

@@ -61,16 +61,16 @@ class Operator:
     def saw(self, plural: str, kind: str | None, obj: Mapping[str, Any]) -> None:
         """A watch event. `kind` is None while listing."""
         self.last_event[plural] = self._clock.monotonic()
-        if plural == "intents":
-            uid = str(obj["metadata"]["uid"])
-            if kind == "DELETED":
+        uid = str(obj["metadata"]["uid"] if plural == "intents" else obj["spec"]["intent"]["uid"])
+        if kind == "DELETED":
+            if plural == "intents":
                 self._cache.lost_intent(uid)
                 self._deleted.add(uid)
             else:
-                self._cache.saw_intent(obj)
-        else:
-            uid = self._cache.lost_approval(obj) if kind == "DELETED" else self._cache.saw_approval(obj)
-        self.queue.add(uid)
+                self._cache.lost_approval(obj)
+            self.queue.add(uid)
+        elif self._cache.saw_intent(obj) if plural == "intents" else self._cache.saw_approval(obj):
+            self.queue.add(uid)  # else it is the echo of our own write
 
     def notify(self, intent_id: str | None) -> None:
         """The run of this Intent changed in the database; None: notifications may have been lost."""
@@ -102,11 +102,12 @@ class Operator:
         self._marks = marks
         for uid in await asyncio.to_thread(self._store.overdue):
             self.queue.add(uid)
-        deleted, self._deleted = self._deleted, set()
+        deleted = set(self._deleted)
         if deleted:  # somebody took the finalizer off, or it was never on
             await self._cancel_gone(
                 [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] in deleted]
             )
+            self._deleted -= deleted
         now = self._clock.now()
         for obj in self._cache.intents():
             if _outlived(obj, now):
@@ -125,7 +126,9 @@ class Operator:
         listed = await self._cluster.intents()
         for obj in await self._cluster.approvals():
             self._cache.saw_approval(obj)
-        seen = {self._cache.saw_intent(obj) for obj in listed}
+        for obj in listed:
+            self._cache.saw_intent(obj)
+        seen = {str(obj["metadata"]["uid"]) for obj in listed}
         for uid in seen:
             self.queue.add(uid)
         for obj in self._cache.intents():

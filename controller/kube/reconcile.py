@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from controller.core import approval as approvals
 from controller.core import events, plan
+from controller.core import status as projection
 from controller.core.errors import Conflict, Permanent, SisuError
 from controller.core.phases import Status
 from controller.core.run import Approval, Intent, Run
@@ -18,6 +19,7 @@ from controller.kube import objects, spec
 from controller.kube.cache import Cache, Object
 from controller.kube.client import KubeCluster, merge_patch
 from controller.kube.gate import IdentityGate
+from controller.kube.pace import Pace
 from controller.kube.policy import Policies
 from controller.ports import Clock, RunStore
 
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_TURNS = 8
 GATE_RETRY_SECONDS = 5.0
+PASSING_SECONDS = 0.25
 
 
 class Reconciler:
@@ -48,6 +51,8 @@ class Reconciler:
         self._clock, self._reporter, self._loopback = clock, reporter, allow_loopback_http
         self._add_later, self._observe_metric = add_later, observe
         self._store_id: str | None = None
+        self._pace = Pace(clock)
+        self._emitting: set[asyncio.Task[None]] = set()
 
     async def reconcile(self, uid: str) -> None:
         """Bring one Intent a step further. Raises SisuError to be called again later."""
@@ -177,16 +182,17 @@ class Reconciler:
 
     async def _write_status(self, world: plan.World, wanted: Mapping[str, Any]) -> None:
         intent = world.intent
-        for happened in events.between(intent.status, wanted, world.approval):
-            await self._emit(world, happened)
-        patch = merge_patch(intent.status, wanted)
-        obj = await self._cluster.patch_status("intents", intent.namespace, intent.name, patch)
-        if obj["metadata"]["uid"] != intent.uid:
-            log.error(
-                "status went to a newer Intent of the same name", extra={"uid": intent.uid, "intent": intent.name}
-            )
+        wait = self._pace.wait(intent.uid, news=projection.news(intent.status, wanted), running=_passing(world, wanted))
+        if wait > 0:
+            self._add_later(intent.uid, wait)
             return
+        patch = merge_patch(intent.status, wanted)
+        obj = await self._cluster.patch_status("intents", intent.namespace, intent.name, patch, uid=intent.uid)
         self._cache.saw_intent(obj)
+        self._pace.wrote(intent.uid)
+        for happened in events.between(intent.status, wanted, world.approval):
+            self._emitting.add(task := asyncio.create_task(self._emit(world, happened)))
+            task.add_done_callback(self._emitting.discard)
         if world.run is not None and world.run.updated_at is not None:
             self._observe_metric("status_lag", max(0.0, (self._clock.now() - world.run.updated_at).total_seconds()))
 
@@ -210,7 +216,9 @@ class Reconciler:
     async def _write_approval_status(self, world: plan.World, action: plan.WriteApprovalStatus) -> None:
         assert world.approval is not None
         patch = merge_patch(world.approval.status, action.status)
-        obj = await self._cluster.patch_status("planapprovals", world.intent.namespace, action.name, patch)
+        obj = await self._cluster.patch_status(
+            "planapprovals", world.intent.namespace, action.name, patch, uid=world.approval.uid
+        )
         self._cache.saw_approval(obj)
 
     async def _finalizer(self, world: plan.World, *, present: bool) -> None:
@@ -252,6 +260,14 @@ class Reconciler:
 
     async def _db(self, call: Callable[[], T]) -> T:
         return await asyncio.to_thread(call)
+
+
+def _passing(world: plan.World, wanted: Mapping[str, Any]) -> bool:
+    """`Running` that has only just begun: what follows within a moment is worth a write, this alone is not."""
+    run = world.run
+    if run is None or run.updated_at is None or wanted.get("phase") != "Running":
+        return False
+    return (world.now - run.updated_at).total_seconds() < PASSING_SECONDS
 
 
 def _call(store: RunStore, run: Run, action: plan.Action) -> bool:

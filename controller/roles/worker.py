@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+
+import cachetools
 
 from controller import metrics
 from controller.config import Settings
@@ -14,6 +17,7 @@ from controller.workflows import engine, recovery
 from controller.workflows.parts import Parts, install
 
 DRAIN_SECONDS = 2
+BLOB_CACHE_BYTES = 96 * 1024 * 1024  # snapshots and patches: every task of a run uploads the same ones
 
 
 class Worker:
@@ -51,6 +55,9 @@ class Worker:
                 sandboxes=adapters.sandboxes,
                 clock=clock,
                 canceled_runs=self._cancel.runs,
+                blob=cachetools.cached(cachetools.LRUCache(BLOB_CACHE_BYTES, getsizeof=len), lock=threading.Lock())(
+                    adapters.store.blob
+                ),
                 observe=observe,
                 jitter=random.Random(settings.random_seed).random,
                 fence_off=fence_off,

@@ -31,10 +31,11 @@ def finish_run(run_id: str) -> str:
     output = {"attempt": number, "tasks": [_line(r) for r in results], "junit": _junit(results)}
     index = Artifact(name="index.json", kind="index", content=json.dumps(output, indent=1, sort_keys=True).encode())
     me.store.save_step(run_id, "ExecuteST", number, output=output, artifacts=[index], commit=None)
-    me.store.finish(
+    closed = me.store.finish(
         ctx, execution_no=number, event=event.value, reason=reason, error=error, result=_result(ctx, output, number)
     )
-    me.store.close_canceled(run_id)
+    if not closed:
+        me.store.close_canceled(run_id)
     return "closed"
 
 

@@ -1,18 +1,23 @@
-"""RunIntentWF: goal → plan → exact patch → digest. It ends where people begin: nothing waits in a process."""
+"""RunIntentWF: goal → plan → exact patch → digest. It ends where people begin: nothing waits in a process.
+
+No DBOS step: app.run_steps is the checkpoint (run_tracked_step), so a second one in DBOS' tables would only cost commits.
+"""
 
 from __future__ import annotations
 
 import logging
 
 from dbos import DBOS
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from controller.core.errors import Permanent, Transient
 from controller.core.phases import Stage, Status
 from controller.core.work import Context
 from controller.workflows import steps
-from controller.workflows.parts import generation, parts
+from controller.workflows.parts import Parts, generation, parts
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 4
 
 
 @DBOS.workflow(name="RunIntentWF", max_recovery_attempts=50)
@@ -22,45 +27,31 @@ def run_intent(intent_id: str) -> str:
     ctx = me.store.context(intent_id)
     if ctx is None or ctx.plan_no != generation(str(DBOS.workflow_id)):
         return "superseded"
-    if not _started(ctx):
+    waiting = _started(me, ctx) and _plan(me, ctx)
+    if not waiting:
         me.store.close_canceled(ctx.run_id)
-        return "ended"
+    return "waiting" if waiting else "ended"
+
+
+def _started(me: Parts, ctx: Context) -> bool:
+    return (ctx.status, ctx.stage) == (Status.RUNNING, Stage.PLAN) or me.store.start_plan(ctx)
+
+
+def _plan(me: Parts, ctx: Context) -> bool:
+    """True when people can decide now. What is passing is tried again; what is not ends the run."""
+    retry = Retrying(
+        retry=retry_if_exception_type(Transient),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=1, max=10),
+        sleep=me.clock.sleep,
+        reraise=True,
+    )
     try:
-        _compile_st(intent_id)
-        _apply_patch_st(intent_id)
-        _decide_st(intent_id)
+        known = me.store.steps(ctx.run_id, ctx.plan_no)
+        compiled = retry(steps.compile_st, me, ctx, known)
+        patched = retry(steps.apply_patch_st, me, ctx, known, compiled)
+        return retry(steps.decide_st, me, ctx, known, compiled, patched)
     except (Permanent, Transient) as e:
-        log.warning("plan failed", extra={"intent": ctx.intent_name, "uid": intent_id, "error": str(e)})
+        log.warning("plan failed", extra={"intent": ctx.intent_name, "uid": ctx.intent_id, "error": str(e)})
         me.store.fail_plan(ctx, reason="PlanFailed", error=f"{type(e).__name__}: {e}")
-    me.store.close_canceled(ctx.run_id)
-    return "ended"
-
-
-def _started(ctx: Context) -> bool:
-    return (ctx.status, ctx.stage) == (Status.RUNNING, Stage.PLAN) or parts().store.start_plan(ctx)
-
-
-def _transient(e: BaseException) -> bool:
-    return isinstance(e, Transient)
-
-
-def _fresh(intent_id: str) -> Context:
-    ctx = parts().store.context(intent_id)
-    if ctx is None:
-        raise Permanent(f"intent {intent_id} has no run")
-    return ctx
-
-
-@DBOS.step(name="CompileST", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=_transient)
-def _compile_st(intent_id: str) -> str:
-    return steps.compile_st(parts(), _fresh(intent_id))
-
-
-@DBOS.step(name="ApplyPatchST", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=_transient)
-def _apply_patch_st(intent_id: str) -> str:
-    return steps.apply_patch_st(parts(), _fresh(intent_id))
-
-
-@DBOS.step(name="DecideST", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=_transient)
-def _decide_st(intent_id: str) -> str:
-    return steps.decide_st(parts(), _fresh(intent_id))
+        return False

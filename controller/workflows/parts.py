@@ -12,7 +12,11 @@ from controller.workflows.compile import TurnLedger
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything outside. `jitter` is in [0, 1), seeded. `fence_off` ends the process at once: a zombie must not go on."""
+    """Everything outside.
+
+    `blob` reads by hash through a small cache; `jitter` is in [0, 1), seeded. `fence_off` ends the process at once: a zombie
+    must not go on.
+    """
 
     store: WorkStore
     store_id: str
@@ -22,6 +26,7 @@ class Parts:
     sandboxes: SandboxProvider
     clock: Clock
     canceled_runs: Callable[[], frozenset[str]]
+    blob: Callable[[str], bytes]
     observe: Callable[[str, str, float], None]
     jitter: Callable[[], float]
     fence_off: Callable[[str], None]

@@ -25,6 +25,9 @@ from controller.workflows.parts import Parts
 log = logging.getLogger(__name__)
 
 
+Outputs = Mapping[str, Mapping[str, Any]]  # committed outputs of this plan generation, by step
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
     """What a step's action returns."""
@@ -34,11 +37,12 @@ class Tracked:
     commit: str | None = None
 
 
-def run_tracked_step(me: Parts, ctx: Context, step_id: str, action: Callable[[], Tracked]) -> Mapping[str, Any]:
-    """The committed output of this step and plan generation; runs `action` only where there is none yet."""
-    stored = me.store.step(ctx.run_id, step_id, ctx.plan_no)
-    if stored is not None:
-        return stored
+def run_tracked_step(
+    me: Parts, ctx: Context, known: Outputs, step_id: str, action: Callable[[], Tracked]
+) -> Mapping[str, Any]:
+    """The committed output of this step and plan generation; runs `action` only where there is none in `known`."""
+    if step_id in known:
+        return known[step_id]
     started = me.clock.monotonic()
     done = action()
     kept = me.store.save_step(
@@ -48,7 +52,7 @@ def run_tracked_step(me: Parts, ctx: Context, step_id: str, action: Callable[[],
     return kept
 
 
-def compile_st(me: Parts, ctx: Context) -> str:
+def compile_st(me: Parts, ctx: Context, known: Outputs) -> Mapping[str, Any]:
     """Resolve the commit, keep its snapshot, and have OpenCode compile the plan."""
 
     def action() -> Tracked:
@@ -69,12 +73,11 @@ def compile_st(me: Parts, ctx: Context) -> str:
         card = Artifact(name="plan.json", kind="plan_card", content=json.dumps(plan, indent=1).encode())
         return Tracked(output=output, artifacts=[card], commit=commit)
 
-    return str(run_tracked_step(me, ctx, "CompileST", action)["commit"])
+    return run_tracked_step(me, ctx, known, "CompileST", action)
 
 
-def apply_patch_st(me: Parts, ctx: Context) -> str:
+def apply_patch_st(me: Parts, ctx: Context, known: Outputs, compiled: Mapping[str, Any]) -> Mapping[str, Any]:
     """Have git make the diff of the plan's edits; ask the model once more when an edit does not apply."""
-    compiled = _output(me, ctx, "CompileST")
     commit = str(compiled["commit"])
     plan = PlanOutput.model_validate(compiled["plan"])
 
@@ -82,7 +85,6 @@ def apply_patch_st(me: Parts, ctx: Context) -> str:
         final, patch = _patched(me, ctx, commit, plan)
         if (size := len(visible(patch.diff.decode("utf-8", "replace")).encode())) > PART_BYTES:
             raise InvalidPlan(f"the diff takes {size} bytes; at most {PART_BYTES} can be shown to whoever approves it")
-        me.store.put_blob(patch.diff)
         output = {
             "patchSha256": patch.sha256,
             "files": list(patch.files),
@@ -97,7 +99,7 @@ def apply_patch_st(me: Parts, ctx: Context) -> str:
             )
         return Tracked(output=output, artifacts=artifacts)
 
-    return str(run_tracked_step(me, ctx, "ApplyPatchST", action)["patchSha256"])
+    return run_tracked_step(me, ctx, known, "ApplyPatchST", action)
 
 
 def _patched(me: Parts, ctx: Context, commit: str, plan: PlanOutput) -> tuple[PlanOutput, Patch]:
@@ -119,9 +121,8 @@ def _patched(me: Parts, ctx: Context, commit: str, plan: PlanOutput) -> tuple[Pl
         return again.plan, me.workspace.diff(source, commit, again.plan.edits)
 
 
-def decide_st(me: Parts, ctx: Context) -> str:
-    """Bind everything that will run into one digest, and stop: `plan_not_approved`."""
-    compiled, patched = _output(me, ctx, "CompileST"), _output(me, ctx, "ApplyPatchST")
+def decide_st(me: Parts, ctx: Context, known: Outputs, compiled: Mapping[str, Any], patched: Mapping[str, Any]) -> bool:
+    """Bind everything that will run into one digest, and stop: `plan_not_approved`. False: somebody moved the run on first."""
 
     def action() -> Tracked:
         plan = bounded(PlanOutput.model_validate(patched["plan"]), ctx)
@@ -135,8 +136,8 @@ def decide_st(me: Parts, ctx: Context) -> str:
         output = {"decision": "plan_not_approved", "digest": digest, "record": record, "plan": plan}
         return Tracked(output=output)
 
-    decided = run_tracked_step(me, ctx, "DecideST", action)
-    me.store.planned(
+    decided = run_tracked_step(me, ctx, known, "DecideST", action)
+    return me.store.planned(
         ctx,
         plan={**decided["plan"], "patch": {k: patched[k] for k in ("files", "additions", "deletions")}},
         record=decided["record"],
@@ -144,7 +145,6 @@ def decide_st(me: Parts, ctx: Context) -> str:
         patch_sha256=str(patched["patchSha256"]),
         approval_name=digests.approval_name(ctx.intent_name, decided["digest"]),
     )
-    return str(decided["digest"])
 
 
 def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,10 +208,3 @@ def brief(ctx: Context, commit: str) -> Brief:
 def session(ctx: Context, purpose: str) -> str:
     """One OpenCode session per run, plan generation and purpose."""
     return f"{ctx.run_id}:{ctx.plan_no}:{purpose}"
-
-
-def _output(me: Parts, ctx: Context, step_id: str) -> Mapping[str, Any]:
-    stored = me.store.step(ctx.run_id, step_id, ctx.plan_no)
-    if stored is None:
-        raise InvalidPlan(f"{step_id} of plan {ctx.plan_no} has no recorded output")
-    return stored

@@ -100,7 +100,7 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         return attempt.run_id in me.canceled_runs() or _late(me, attempt.deadline)
 
     try:
-        files = {f.sha256: me.store.blob(f.sha256) for f in request.files_in}
+        files = {f.sha256: me.blob(f.sha256) for f in request.files_in}
     except Permanent as e:
         return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
     started = me.clock.monotonic()

@@ -33,6 +33,7 @@ default: {required: 1, allowRequester: true, templates: [python], egress: [None]
 namespaces:
   strict: {required: 2, allowRequester: false}
 """
+MOMENT = 2.0  # what reconcile asks to be called again after sooner than this belongs to the same piece of work
 BIG = plan([task(n, command="echo " + "x" * 100) for n in range(400)])
 
 
@@ -105,16 +106,25 @@ class World:
             self.cache.saw_approval(obj)
 
     async def settle(self, uid: str) -> None:
-        """Reconcile as the queue does: again after an error, and again after a write of ours came back."""
-        for _ in range(12):
-            before = self.cluster.version
+        """Reconcile as the queue does: again after an error, after a write of ours came back, and when it asked for it."""
+        for _ in range(16):
+            before, self.later = self.cluster.version, []
             try:
                 await self.reconciler.reconcile(uid)
             except SisuError:
                 continue
-            if self.cluster.version == before:
+            await self.told()
+            soon = [seconds for key, seconds in self.later if key == uid and seconds <= MOMENT]
+            if soon:
+                self.clock.sleep(min(soon))
+            elif self.cluster.version == before:
                 return
         raise AssertionError("does not settle")
+
+    async def told(self) -> None:
+        """Events are emitted beside the work."""
+        for _ in range(4):
+            await asyncio.sleep(0)
 
     async def waiting(self, name: str = "fix-median", *, plan_json: Any = None, **spec: Any) -> str:
         """An Intent whose plan waits for people; its uid."""
@@ -542,6 +552,7 @@ async def test_the_status_of_a_deleted_intent_is_not_written_to_its_successor(wo
     world.cluster.delete("intents", "fix-median")
     second = world.cluster.apply()
     world.store.runs[uid] = replace(world.run(uid), error="something that the status does not say yet")
+    world.clock.sleep(60)
     with contextlib.suppress(SisuError):
         await world.reconciler.reconcile(uid)
     assert world.status() == {}
@@ -832,31 +843,40 @@ async def test_an_intent_canceled_before_its_start_has_a_time_to_live_too(world:
 
 @contextlib.asynccontextmanager
 async def running(made: Operator) -> Any:
-    working = asyncio.create_task(made.run())
+    async def pass_time() -> None:
+        while True:
+            await asyncio.sleep(0.01)
+            made._clock.sleep(0.05)
+
+    working = [asyncio.create_task(made.run()), asyncio.create_task(pass_time())]
     try:
         yield
     finally:
-        working.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await working
+        for one in working:
+            one.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
 
 
-async def until(condition_: Callable[[], bool]) -> None:
+async def until(world: World, condition_: Callable[[], bool]) -> None:
+    """Real time passes, and the clock of the test with it."""
     async with asyncio.timeout(10):
         while not condition_():  # noqa: ASYNC110 - whatever is waited for has no event
             await asyncio.sleep(0.01)
+            world.clock.sleep(0.01)
 
 
 async def test_the_operator_leads_an_intent_from_apply_to_running(world: World) -> None:
     made = operator(world)
     async with running(made):
         uid = world.cluster.apply()
-        await until(lambda: uid in world.store.enqueued)
+        await until(world, lambda: uid in world.store.enqueued)
         world.store.plan_ready(uid, diff=DIFF)
         made.notify(uid)
-        await until(lambda: world.status().get("phase") == "WaitingInput" and world.run(uid).approval_uid is not None)
+        await until(
+            world, lambda: world.status().get("phase") == "WaitingInput" and world.run(uid).approval_uid is not None
+        )
         world.cluster.vote(str(world.run(uid).approval_name))
-        await until(lambda: world.status().get("phase") == "Running")
+        await until(world, lambda: world.status().get("phase") == "Running")
     assert set(world.store.enqueued) == {uid, f"{uid}:execute:1"}
     assert (world.run(uid).stage, world.metrics["identity_enforced"]) == (Stage.EXECUTE, 1.0)
 
@@ -867,9 +887,9 @@ async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> N
     await world.settle(uid)
     made = operator(world)
     async with running(made):
-        await until(lambda: made.last_resync is not None and len(made.queue) == 0)
+        await until(world, lambda: made.last_resync is not None and len(made.queue) == 0)
         world.store.end_task(uid)
-        await until(lambda: world.status()["tasks"]["succeeded"] == 1)
+        await until(world, lambda: world.status()["tasks"]["succeeded"] == 1)
 
 
 async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:
@@ -877,7 +897,7 @@ async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:
     world.clock.at = NOW + timedelta(days=30)
     made = operator(world)
     async with running(made):
-        await until(lambda: world.status()["phase"] == "Expired")
+        await until(world, lambda: world.status()["phase"] == "Expired")
     assert world.run(uid).status is Status.EXPIRED
 
 
@@ -897,5 +917,5 @@ async def test_an_operator_that_begins_anew_finds_what_happened_while_it_was_awa
     world.cache = Cache()
     made = operator(world)
     async with running(made):
-        await until(lambda: world.status()["phase"] == "Running")
+        await until(world, lambda: world.status()["phase"] == "Running")
     assert world.run(uid).execution_no == 1

@@ -369,6 +369,19 @@ def test_the_api_server_takes_every_object(cluster: Stack, name: str) -> None:
     assert len(done.stdout.splitlines()) == len(objects)
 
 
+def test_the_database_of_make_kind_up_is_taken(cluster: Stack) -> None:
+    """`make kind-up` needs Docker, so its own objects are tried here; the Secret is the one that its values name."""
+    path = CHART / "ci" / "kind-postgres.yaml"
+    flags = ("--server-side", "--dry-run=server", "--validate=strict")
+    done = cluster.kubectl("apply", *flags, "-n", SYSTEM, "-f", str(path), check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    secret = find(list(yaml.safe_load_all(path.read_text())), "Secret")[0]
+    reference = pods(rendered("kind"))["sisu-kodo-migrate"]["spec"]["containers"][0]["env"][0]["valueFrom"][
+        "secretKeyRef"
+    ]
+    assert secret["metadata"]["name"] == reference["name"] and reference["key"] in secret["stringData"]
+
+
 @pytest.fixture(scope="module")
 def restricted(cluster: Stack) -> Iterator[str]:
     """A namespace where only restricted Pods are admitted."""

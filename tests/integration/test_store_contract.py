@@ -652,15 +652,15 @@ def test_a_changed_run_notifies(pg: InPostgres, database: str) -> None:
 def test_a_step_is_saved_once_and_another_output_is_drift(pg: InPostgres) -> None:
     run = started(pg)
     card = Artifact(name="plan.json", kind="plan_card", content=b"{}")
-    assert pg.work.step(run.run_id, "CompileST", 1) is None
+    assert pg.work.steps(run.run_id, 1) == {}
 
     def save(output: dict[str, Any]) -> Any:
         return pg.work.save_step(run.run_id, "CompileST", 1, output=output, artifacts=[card], commit="c" * 40)
 
-    assert save({"a": 1}) == save({"a": 1}) == pg.work.step(run.run_id, "CompileST", 1) == {"a": 1}
+    assert save({"a": 1}) == save({"a": 1}) == pg.work.steps(run.run_id, 1)["CompileST"] == {"a": 1}
     with pytest.raises(Drift, match="CompileST"):
         save({"a": 2})
-    assert pg.work.step(run.run_id, "CompileST", 1) == {"a": 1}
+    assert pg.work.steps(run.run_id, 1)["CompileST"] == {"a": 1}
     after = now(pg, run.intent_id)
     assert (after.last_step, after.commit_id) == ("CompileST", "c" * 40)
     assert pg.one("SELECT count(*) FROM app.artifacts WHERE run_id = %s", run.run_id) == 1
@@ -1115,8 +1115,15 @@ def test_a_task_whose_workflow_ended_without_an_outcome_is_dispatched_again(pg: 
 
 def test_partition_and_priority_follow_the_intent_until_tasks_exist(world: Stage_) -> None:
     run = started(world)
-    assert world.runs.adjust(run, partition="team/b", priority=3)
-    seen = world.runs.run(run.intent_id)
+    assert world.store.adjust(run, partition="team/b", priority=3)
+    seen = world.store.run(run.intent_id)
     assert seen is not None and (seen.settings.partition, seen.settings.priority) == ("team/b", 3)
-    assert world.runs.cancel(seen, reason="Canceled")
-    assert not world.runs.adjust(seen, partition="team/c", priority=4), "the run has ended"
+    assert world.store.cancel(seen, reason="Canceled")
+    assert not world.store.adjust(seen, partition="team/c", priority=4), "the run has ended"
+
+
+def test_once_tasks_may_exist_only_the_priority_follows(world: Stage_) -> None:
+    run = executing(world, count=0)
+    assert world.store.adjust(run, partition="team/b", priority=3)
+    after = now(world, run.intent_id).settings
+    assert (after.partition, after.priority) == (run.settings.partition, 3)

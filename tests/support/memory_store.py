@@ -155,7 +155,7 @@ class MemoryRunStore:
             if row.status.terminal:
                 return False
             kept = partition if row.stage in (Stage.PLAN, Stage.APPROVE) else row.settings.partition
-            row.settings = replace(row.settings, partition=kept, priority=priority)
+            self._put(replace(row, settings=replace(row.settings, partition=kept, priority=priority)))
             return True
 
     def retry(self, run: Run, *, count: int) -> bool:

@@ -20,7 +20,7 @@ from controller.core.run import Approval, Intent, Run, TaskFailure, Tasks, Vote
 from tests.support.builders import DEADLINE, NOW, STORE, approval, intent, planned_run, run, settings, vote
 
 CAROL = "carol@corp"  # requests all Intents of these tests
-DECISIONS = (plan.StartRun, plan.Consume, plan.Reject, plan.Expire, plan.Cancel, plan.Retry)
+DECISIONS = (plan.StartRun, plan.Consume, plan.Reject, plan.Expire, plan.Cancel, plan.Adjust, plan.Retry)
 # health: generating worlds is slow on a busy machine, which says nothing about the code
 quick = hypothesis(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -282,6 +282,26 @@ def test_a_retry_reopens_what_may_be_reopened(status: Status, stage: Stage, retr
     )
 
 
+@pytest.mark.parametrize(
+    ("stage", "partition"), [(Stage.PLAN, "team/new"), (Stage.EXECUTE, "team/"), (Stage.FINISH, "team/")]
+)
+def test_a_changed_priority_and_until_tasks_exist_a_changed_partition_are_taken_over(
+    stage: Stage, partition: str
+) -> None:
+    of, wanted = intent(has_finalizer=True), settings(priority=-7, partition="team/new")
+    started = run(Status.RUNNING, stage)
+    assert decide(world(of, started, settings=wanted)) == (plan.Adjust(partition=partition, priority=-7),)
+    taken = replace(started, settings=replace(started.settings, partition=partition, priority=-7))
+    assert "Adjust" not in kinds(decide(world(of, taken, settings=wanted)))
+    assert "Adjust" not in kinds(decide(world(of, started, settings=None, problem="no longer allowed")))
+
+
+@pytest.mark.parametrize("status", sorted(TERMINAL))
+def test_nothing_is_taken_over_when_the_run_has_ended(status: Status) -> None:
+    at = world(intent(has_finalizer=True), run(status, Stage.FINISH), settings=settings(priority=-7))
+    assert "Adjust" not in kinds(decide(at))
+
+
 def test_a_retry_waits_for_the_finalizer() -> None:
     assert kinds(decide(world(intent({"retry": 1}), run(Status.FAILED))))[0] == "AddFinalizer"
 
@@ -370,12 +390,12 @@ def worlds(draw: st.DrawFn) -> World:
     seen: Approval | None = None
     if started is not None and started.approval_uid is not None and draw(st.integers(0, 4)) > 0:
         seen = approval(started, *draw(votes), problem=draw(st.sampled_from([None, None, "tampered"])))
-    refused = started is None and draw(st.booleans())
+    refused = draw(st.booleans())
     return World(
         intent=of,
         run=started,
         approval=seen,
-        settings=None if refused or started is not None else settings(),
+        settings=None if refused else settings(priority=draw(st.sampled_from([0, 0, -3])), partition="team/"),
         problem="spec.recipe: no" if refused else None,
         store_id=STORE,
         identity_problem=draw(st.sampled_from([None, None, "a policy is missing"])),
@@ -424,16 +444,28 @@ def _apply(at: World, action: plan.Action) -> World:
         plan.AddFinalizer: lambda: replace(at, intent=replace(of, has_finalizer=True)),
         plan.RemoveFinalizer: lambda: replace(at, intent=replace(of, has_finalizer=False)),
         plan.WriteStatus: lambda: replace(at, intent=replace(of, status=getattr(action, "status", {}))),
-        plan.StartRun: lambda: replace(at, run=run(retry_count=of.spec.get("retry", 0)), settings=None),
+        plan.StartRun: lambda: _begun(at),
         plan.Consume: lambda: _moved(at, Event.APPROVE, execution_no=run_.execution_no + 1 if run_ else 0),
         plan.Reject: lambda: _moved(at, Event.REJECT, reason="Rejected"),
         plan.Expire: lambda: _moved(at, Event.EXPIRE, reason="Expired"),
         plan.Cancel: lambda: _canceled(at),
+        plan.Adjust: lambda: _adjusted(at, getattr(action, "partition", ""), getattr(action, "priority", 0)),
         plan.Retry: lambda: _retried(at, getattr(action, "count", 0)),
         plan.CreateApproval: lambda: _created(at),
         plan.WriteApprovalStatus: lambda: _said(at, getattr(action, "status", {})),
     }
     return effects[type(action)]()
+
+
+def _begun(at: World) -> World:
+    assert at.settings is not None
+    return replace(at, run=run(retry_count=at.intent.spec.get("retry", 0), settings=at.settings))
+
+
+def _adjusted(at: World, partition: str, priority: int) -> World:
+    assert at.run is not None and not at.run.status.terminal
+    kept = partition if at.run.stage in (Stage.PLAN, Stage.APPROVE) else at.run.settings.partition
+    return replace(at, run=replace(at.run, settings=replace(at.run.settings, partition=kept, priority=priority)))
 
 
 def _created(at: World) -> World:

@@ -21,10 +21,16 @@ def thing(version: int, *, uid: str = "u", name: str = "n", of: str = "i", **met
 def test_the_newest_version_wins_in_any_order(versions: list[int]) -> None:
     cache = Cache()
     for version in versions:
-        assert cache.saw_intent(thing(version)) == "u"
-        assert cache.saw_approval(thing(version)) == "i"
+        cache.saw_intent(thing(version))
+        cache.saw_approval(thing(version))
     for found in (cache.intent("u"), cache.approval("ns", "n")):
         assert found is not None and found["status"]["v"] == max(versions)
+
+
+def test_only_a_newer_version_is_news_and_an_echo_is_not() -> None:
+    cache = Cache()
+    for saw in (cache.saw_intent, cache.saw_approval):
+        assert [saw(thing(version)) for version in (5, 5, 4, 6)] == [True, False, False, True]
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -62,7 +68,7 @@ def test_news_of_an_approval_that_was_replaced_come_too_late() -> None:
 def test_the_end_of_an_approval_that_was_replaced_does_not_drop_its_successor() -> None:
     cache = Cache()
     cache.saw_approval(thing(6, uid="new"))
-    assert cache.lost_approval(thing(5, uid="old")) == "i"
+    cache.lost_approval(thing(5, uid="old"))
     assert cache.approval("ns", "n") is not None
 
 
@@ -71,6 +77,6 @@ def test_what_is_lost_is_gone() -> None:
     cache.saw_intent(thing(1))
     cache.saw_approval(thing(1))
     cache.lost_intent("u")
-    assert cache.lost_approval(thing(2)) == "i"
+    cache.lost_approval(thing(2))
     assert cache.intent("u") is None and cache.approval("ns", "n") is None and list(cache.intents()) == []
     cache.lost_intent("u")
