@@ -106,6 +106,8 @@ class Stack:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+        if self.postgres is not None and not self.detach:
+            self.postgres.wipe()
 
     def start(self) -> None:
         """Bring up everything but the controller."""

@@ -128,11 +128,11 @@ class PgRunStore:
 
     def cancel(self, run: Run, *, reason: str) -> bool:
         def body(c: psycopg.Connection[DictRow]) -> bool:
-            c.execute(SQL["lock_run"], {"run_id": run.run_id})
+            locked = c.execute(SQL["lock_run"], {"run_id": run.run_id}).fetchone()
             if self._move(c, run, Event.CANCEL_IDLE, reason=reason, error=None):
                 return True
             moved = self._move(c, run, Event.CANCEL_BUSY, reason=reason, error=None)
-            if moved and run.stage is not Stage.PLAN:
+            if moved and locked is not None and locked["stage"] != Stage.PLAN.value:
                 c.execute(SQL["cancel_queued_tasks"], {"run_id": run.run_id})
                 c.execute(SQL["close_canceled"], {"run_id": run.run_id})
             return moved

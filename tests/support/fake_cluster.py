@@ -99,11 +99,11 @@ class FakeCluster:
         return name in self.namespaces
 
     async def patch_status(
-        self, plural: str, namespace: str, name: str, patch: Mapping[str, Any], *, uid: str | None = None
+        self, plural: str, namespace: str, name: str, patch: Mapping[str, Any], *, uid: str
     ) -> Object:
         self._called("patch_status")
         obj = self._found(plural, namespace, name)
-        if uid not in (None, obj["metadata"]["uid"]):
+        if uid != obj["metadata"]["uid"]:
             raise Conflict("409: the object has been modified: UID in precondition does not match")
         return self._changed(plural, {**obj, "status": merged(obj.get("status", {}), copied(patch))})
 

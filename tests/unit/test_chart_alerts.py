@@ -17,13 +17,16 @@ import pytest
 import yaml
 
 from controller import metrics
+from controller.core.contract import ErrCode
 from controller.core.phases import TERMINAL, Status
+from controller.kube.watch import KINDS
 from devcluster.cache import cache_dir, locked
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "sisu-kodo"
 ALERTS = CHART / "files" / "alerts.yaml"
 TESTS = CHART / "tests" / "alerts_test.yaml"
+QUERIES = ROOT / "controller" / "db" / "queries.sql"
 RUNBOOKS = ROOT / "docs" / "runbooks.md"
 
 RULES: list[dict[str, Any]] = [
@@ -119,15 +122,23 @@ def test_every_metric_exists(rule: dict[str, Any]) -> None:
     assert used <= exported, f"controller/metrics.py has no {used - exported}"
 
 
+def _labels(name: str) -> set[str]:
+    """The values of a label that the alerts name."""
+    found = (values for rule in RULES for values in re.findall(rf'\b{name}=~?"([^"]+)"', rule["expr"]))
+    return {value for values in found for value in values.split("|")}
+
+
+def test_labels_have_values_that_exist() -> None:
+    assert _labels("outcome") == {code for code in ErrCode if code.retryable}
+    assert _labels("kind") < set(KINDS)
+    assert _labels("status") == {"ENQUEUED"} and "'ENQUEUED'" in QUERIES.read_text()
+
+
 def test_phases_are_ours_and_open() -> None:
     """A misspelt phase would never fire; one that has ended would always fire."""
-    found = {
-        phase
-        for rule in RULES
-        for phases in re.findall(r'phase=~?"([^"]+)"', rule["expr"])
-        for phase in phases.split("|")
-    }
-    assert found == {str(status) for status in Status if status not in TERMINAL}
+    assert _labels("phase") == {
+        status.phase for status in Status if status not in TERMINAL
+    }  # the words of controller.roles.control
 
 
 @each_rule

@@ -22,7 +22,7 @@ from controller.core.status import MAX_FAILURES, MAX_MESSAGE, REASONS
 from tests.support.builders import NOW, STORE, approval, intent, plan, planned_run, run, task, vote
 
 CRDS = Path(__file__).parents[2] / "crds"
-quick = hypothesis(max_examples=100, deadline=None)
+quick = hypothesis(max_examples=60, deadline=None)
 STAGES = [(s, g) for s in Status for g in Stage]
 LATER = NOW + timedelta(hours=2)
 
