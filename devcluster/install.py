@@ -34,7 +34,8 @@ def render_chart(*, chart: Path = CHART, values: Sequence[Path] = (), sets: Sequ
     command += ["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"]
     for path in values:
         command += ["--values", path]
-    for one in ("controller.enabled=false", *sets):  # nothing schedules Pods here; a caller's own value comes later and wins
+    # Nothing schedules Pods here; a caller's own value comes later and wins.
+    for one in ("controller.enabled=false", *sets):
         command += ["--set", one]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
