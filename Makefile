@@ -77,3 +77,26 @@ record: setup ## record OpenCode turns again: real daemon, scripted model (openc
 lock: ## resolve requirements/*.in again
 	@$(RUN) uv pip compile -q --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 requirements/dev.in -o requirements/dev.lock
 	@$(RUN) uv pip compile -q --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements/dev.lock requirements/runtime.in -o requirements/runtime.lock
+
+KIND_CLUSTER := sisu-kodo
+KIND := --context kind-$(KIND_CLUSTER) -n sisu-kodo-system
+
+.PHONY: kind-up
+kind-up: ## the released form, for those who have Docker: kind cluster, image, chart; recorded plans, mock sandboxes
+	@for tool in docker kind kubectl helm; do command -v $$tool >/dev/null || { echo "kind-up: $$tool is missing; 'make up' needs none of docker, kind, kubectl and helm" >&2; exit 1; }; done
+	@docker info >/dev/null 2>&1 || { echo "kind-up: docker is installed, but its daemon does not answer; 'make up' does without" >&2; exit 1; }
+	@kind get clusters 2>/dev/null | grep -qx $(KIND_CLUSTER) || kind create cluster --config kind-config.yaml --wait 120s
+	docker build -t sisu-kodo:dev --build-arg REVISION=$$(git rev-parse HEAD) .
+	kind load docker-image sisu-kodo:dev --name $(KIND_CLUSTER)
+	@kubectl --context kind-$(KIND_CLUSTER) create namespace sisu-kodo-system --dry-run=client -o yaml | kubectl --context kind-$(KIND_CLUSTER) apply -f -
+	kubectl $(KIND) apply -f charts/sisu-kodo/ci/kind-postgres.yaml
+	kubectl $(KIND) rollout status deployment/sisu-kodo-postgres --timeout=300s
+	helm upgrade --install sisu-kodo charts/sisu-kodo --kube-context kind-$(KIND_CLUSTER) -n sisu-kodo-system -f charts/sisu-kodo/ci/kind-values.yaml --wait --timeout 5m
+	@# The tag does not change between builds, so a second kind-up needs a restart.
+	kubectl $(KIND) rollout restart deployment/sisu-kodo-controller
+	kubectl $(KIND) rollout status deployment/sisu-kodo-controller --timeout=180s
+
+.PHONY: kind-down
+kind-down: ## delete the cluster of kind-up
+	@command -v kind >/dev/null || { echo "kind-down: kind is missing" >&2; exit 1; }
+	kind delete cluster --name $(KIND_CLUSTER)

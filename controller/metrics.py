@@ -23,6 +23,9 @@ IDENTITY_ENFORCED = Gauge(
     "sisukodo_approval_identity_enforced", "1 while the live admission policies are the shipped ones, else 0."
 )
 IDENTITY_ENFORCED.set(float("nan"))  # not known here: only the leader looks, and an alert on 0 must not fire elsewhere
+STALLED = Gauge("sisukodo_intents_stalled", "Intents that wait for a person outside the normal course.", ["reason"])
+DATABASE_UP = Gauge("sisukodo_database_up", "1 while PostgreSQL answers the leader, else 0.")
+DATABASE_UP.set(float("nan"))
 RECONCILE_SECONDS = Histogram("sisukodo_reconcile_duration_seconds", "One reconcile of one Intent.", buckets=_FAST)
 FENCE_REJECTIONS = Counter(
     "sisukodo_fence_rejections_total", "Outcomes refused because a newer attempt owned the task."

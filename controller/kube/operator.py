@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -71,6 +71,10 @@ class Operator:
             self.queue.add(uid)
         elif self._cache.saw_intent(obj) if plural == "intents" else self._cache.saw_approval(obj):
             self.queue.add(uid)  # else it is the echo of our own write
+
+    def intents(self) -> Iterable[Mapping[str, Any]]:
+        """Every Intent as last seen."""
+        return self._cache.intents()
 
     def notify(self, intent_id: str | None) -> None:
         """The run of this Intent changed in the database; None: notifications may have been lost."""

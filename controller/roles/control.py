@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from prometheus_client import Gauge
 
 from controller import metrics
 from controller.config import Settings
+from controller.core.errors import Unavailable
 from controller.core.phases import Status
 from controller.db import gauges
 from controller.db.notify import Listener
@@ -135,7 +137,21 @@ class Controller:
         for plural in KINDS:
             last = max(operator.last_event.get(plural, 0.0), operator.last_resync or 0.0)
             metrics.WATCH_STALENESS.labels(plural).set(now - last if last else 0.0)
-        found = gauges.read(self._pool, app_version=self._settings.app_version)
+        stalled = Counter(
+            c["reason"]
+            for obj in operator.intents()
+            for c in (obj.get("status") or {}).get("conditions", ())
+            if (c["type"], c["status"]) == ("Stalled", "True")
+        )
+        _set(metrics.STALLED, {(reason,): float(n) for reason, n in stalled.items()})
+        try:
+            found = gauges.read(self._pool, app_version=self._settings.app_version)
+        except Unavailable:
+            metrics.DATABASE_UP.set(
+                0
+            )  # the other series stay as they were: gone ones would look like a dead controller
+            return
+        metrics.DATABASE_UP.set(1)
         _set(metrics.QUEUE_DEPTH, {key: float(n) for key, n in found.depth.items()})
         _set(metrics.QUEUE_OLDEST, {(queue,): age for queue, age in found.oldest.items()})
         _set(metrics.INTENTS, {(Status(status).phase,): float(n) for status, n in found.runs.items()})

@@ -38,11 +38,15 @@ class Product:
             one.stop()
         # No controller holds the finalizers any more, so Intents go at once.
         for item in self.objects("intents"):
-            patch = '{"metadata":{"finalizers":null}}'
-            who = {"user": "controller", "check": False}
-            self.stack.kubectl(
-                "patch", "intent", item["metadata"]["name"], "-n", self.namespace, "--type=merge", "-p", patch, **who
-            )  # type: ignore[arg-type]
+            patch = (
+                "patch",
+                "intent",
+                item["metadata"]["name"],
+                "--type=merge",
+                "-p",
+                '{"metadata":{"finalizers":null}}',
+            )
+            self.stack.kubectl("-n", self.namespace, *patch, user="controller", check=False)
         self.stack.kubectl("delete", "namespace", self.namespace, "--wait=false")
 
     # ------------------------------------------------------------------ the product
