@@ -14,6 +14,7 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 import psycopg
 from psycopg import sql
@@ -71,7 +72,7 @@ class Postgres:
         return self.dsn_of(DATABASE)
 
     def dsn_of(self, database: str) -> str:
-        return f"postgresql://{SUPERUSER}:{self._password}@127.0.0.1:{self._port}/{database}"
+        return f"postgresql://{SUPERUSER}:{self._password}@127.0.0.1:{self._port}/{quote(database)}"
 
     def __enter__(self) -> Postgres:
         self.start()

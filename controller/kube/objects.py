@@ -14,6 +14,7 @@ from controller.core.visible import visible
 from controller.kube.crd import ACKNOWLEDGE_STORE, API_VERSION, FINALIZER
 
 Object = Mapping[str, Any]
+STORE_LABEL = "sisukodo.dev/store"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "sisu-kodo"}
 
 
@@ -71,15 +72,29 @@ def _meta(owner: Intent, name: str) -> dict[str, Any]:
     }
 
 
-def plan_approval(owner: Intent, shown: Shown) -> dict[str, Any]:
-    """The PlanApproval, without decisions; the empty list is there so that a JSON patch can append to it."""
-    name = approval_name(owner.name, shown.spec["plan"]["digest"])
+def plan_approval(owner: Intent, shown: Shown, *, store_id: str, edition: int = 1) -> dict[str, Any]:
+    """The PlanApproval, without decisions; the empty list is there so that a JSON patch can append to it.
+
+    The label says which store asks (law 10): an equal plan of another store has the same digest, but its votes are not ours.
+    A later edition has a name of its own.
+    """
+    name = approval_name(owner.name, shown.spec["plan"]["digest"]) + (f"-{edition}" if edition > 1 else "")
+    meta = _meta(owner, name)
     return {
         "apiVersion": API_VERSION,
         "kind": "PlanApproval",
-        "metadata": _meta(owner, name),
+        "metadata": {**meta, "labels": {**meta["labels"], STORE_LABEL: store_id}},
         "spec": {**shown.spec, "decisions": []},
     }
+
+
+def is_ours(found: Object, wanted: Object) -> bool:
+    """Whether this object, found under the wanted name, is the one that we would create, not yet used."""
+    plain = {k: v for k, v in found["spec"].items() if k != "decisions"}
+    expected = {k: v for k, v in wanted["spec"].items() if k != "decisions"}
+    same_store = found["metadata"].get("labels", {}).get(STORE_LABEL) == wanted["metadata"]["labels"][STORE_LABEL]
+    unused = "consumedBy" not in (found.get("status") or {}) and "deletionTimestamp" not in found["metadata"]
+    return same_store and unused and plain == expected
 
 
 def config_maps(owner: Intent, shown: Shown) -> Iterable[dict[str, Any]]:

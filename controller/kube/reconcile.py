@@ -26,6 +26,7 @@ from controller.ports import Clock, RunStore
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_TURNS = 8
+MAX_EDITIONS = 5
 GATE_RETRY_SECONDS = 5.0
 PASSING_SECONDS = 0.25
 
@@ -242,21 +243,36 @@ class Reconciler:
         shown = await self._shown(intent, run)
         for body in objects.config_maps(intent, shown):
             await self._cluster.create_config_map(body)
-        wanted = objects.plan_approval(intent, shown)
-        name = wanted["metadata"]["name"]
-        try:
-            obj = await self._cluster.create_approval(wanted)
-        except Conflict as e:
-            found = await self._cluster.approval(intent.namespace, name)
-            if found is None:
-                raise
-            if found["spec"]["intent"]["uid"] != intent.uid or "deletionTimestamp" in found["metadata"]:
-                raise Conflict(f"PlanApproval {name} belongs to another Intent or is being deleted") from e
-            obj = found
+        obj = await self._own_approval(intent, shown, world.store_id)
+        name = obj["metadata"]["name"]
         self._cache.saw_approval(obj)
         uid = obj["metadata"]["uid"]
         log.info("plan ready", extra={"intent": intent.name, "uid": intent.uid, "approval": name})
         return await self._db(lambda: self._store.record_approval_object(run, name=name, uid=uid))
+
+    async def _own_approval(self, intent: Intent, shown: approvals.Shown, store_id: str) -> Object:
+        """Create it, or find that we did before we died; what else has its name is superseded and left alone."""
+        for edition in range(1, MAX_EDITIONS + 1):
+            wanted = objects.plan_approval(intent, shown, store_id=store_id, edition=edition)
+            name = wanted["metadata"]["name"]
+            try:
+                return await self._cluster.create_approval(wanted)
+            except Conflict:
+                found = await self._cluster.approval(intent.namespace, name)
+                if found is None:
+                    raise
+                if objects.is_ours(found, wanted):
+                    return found
+                if found["spec"]["intent"]["uid"] == intent.uid:
+                    await self._supersede(found)
+        raise Conflict(f"{MAX_EDITIONS} PlanApprovals of {intent.name} have this plan and are not ours")
+
+    async def _supersede(self, obj: Object) -> None:
+        """No more votes on it: they would count for nothing."""
+        meta = obj["metadata"]
+        if (obj.get("status") or {}).get("decision", "Pending") == "Pending":
+            patch = {"decision": "Superseded"}
+            await self._cluster.patch_status("planapprovals", meta["namespace"], meta["name"], patch, uid=meta["uid"])
 
     async def _db(self, call: Callable[[], T]) -> T:
         return await asyncio.to_thread(call)

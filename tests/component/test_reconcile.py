@@ -402,9 +402,26 @@ async def test_an_approval_of_that_name_that_belongs_to_another_intent_is_not_ad
         "spec": {"intent": {"uid": "another"}, "plan": {"digest": "d"}, "decisions": []},
     }
     world.cluster.create("planapprovals", body)
-    with pytest.raises(Conflict, match="another Intent"):
-        await world.reconciler.reconcile(uid)
-    assert world.run(uid).approval_uid is None
+    foreign = world.cluster.get("planapprovals", str(run.approval_name), namespace="team")
+    await world.settle(uid)
+    assert world.run(uid).approval_name == f"{run.approval_name}-2"
+    assert world.cluster.get("planapprovals", str(run.approval_name), namespace="team") == foreign, "left alone"
+
+
+async def test_an_equal_plan_of_another_store_is_superseded_and_its_votes_are_not_ours(world: World) -> None:
+    uid = await world.waiting()
+    first = world.run(uid)
+    world.cluster.vote(str(first.approval_name))
+    world.store = MemoryRunStore(clock=world.clock.now, id="store-2")
+    world.cluster.acknowledge("fix-median", "store-2")
+    world.restart()
+    await world.settle(uid)
+    world.store.plan_ready(uid, diff=DIFF)
+    await world.settle(uid)
+    assert world.run(uid).status is Status.WAITING_INPUT, "the old store's vote does not count"
+    assert world.run(uid).approval_name == f"{first.approval_name}-2"
+    old = world.cluster.get("planapprovals", str(first.approval_name), namespace="team")
+    assert old["status"]["decision"] == "Superseded"
 
 
 # ------------------------------------------------------------------ tampering

@@ -44,7 +44,7 @@ def answered(tasks: list[dict[str, Any]], **changes: Any) -> PlanOutput:
 
 
 def bytes_of(expected: approvals.Shown) -> int:
-    return len(json.dumps(objects.plan_approval(intent(), expected), ensure_ascii=False).encode())
+    return len(json.dumps(objects.plan_approval(intent(), expected, store_id="store-1"), ensure_ascii=False).encode())
 
 
 # ------------------------------------------------------------------ exact
@@ -100,7 +100,7 @@ def test_small_plans_are_shown_whole() -> None:
 def test_what_does_not_fit_goes_to_config_maps_named_after_the_approval() -> None:
     diff = DIFF * 1000
     expected = big(1000, diff)
-    name = objects.plan_approval(intent(), expected)["metadata"]["name"]
+    name = objects.plan_approval(intent(), expected, store_id="store-1")["metadata"]["name"]
     assert sorted(expected.parts) == [f"{name}-diff", f"{name}-tasks"]
     refs = [expected.spec["plan"]["tasksRef"], expected.spec["plan"]["patch"]["moreRef"]]
     for ref in refs:
@@ -209,7 +209,7 @@ def _unknown(schema: Mapping[str, Any], value: Any, path: str) -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 1000])
 def test_the_spec_is_one_that_the_crd_keeps_whole(count: int) -> None:
-    made = objects.plan_approval(intent(), big(count, DIFF * count))
+    made = objects.plan_approval(intent(), big(count, DIFF * count), store_id="store-1")
     PlanApprovalSpec.model_validate(made["spec"])
     crd = yaml.safe_load((Path(__file__).parents[2] / "crds" / "planapprovals.yaml").read_text())
     schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]

@@ -1,0 +1,196 @@
+"""DESIGN section 4: a deleted Intent's run is canceled, whoever was away; absence alone cancels nothing, and never in masses."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.product import Product
+
+CRDS = Path(__file__).parents[2] / "crds"
+SETTLE_SECONDS = 20.0
+
+
+def gone(product: Product) -> None:
+    product.wait(lambda: product.objects("intents") == [], "the Intent is gone", seconds=SETTLE_SECONDS)
+
+
+def delete(product: Product, name: str) -> None:
+    product.kubectl("delete", "intent", name, "--wait=false", user="carol")
+
+
+def canceled(product: Product) -> None:
+    """Rows outlive the object, and nothing is left running."""
+    product.wait(
+        lambda: product.sql("SELECT status, reason FROM app.runs") == [("canceled", "Deleted")],
+        "the run is canceled",
+        seconds=SETTLE_SECONDS,
+    )
+    assert product.sql("SELECT count(*) FROM app.sbx_attempts WHERE state = 'created'") == [(0,)]
+    assert product.sql("SELECT count(*) FROM app.sbx_runs WHERE status IN ('queued', 'running')") == [(0,)]
+    assert product.sql("SELECT id FROM app.runs WHERE closed > execution_no") == []
+
+
+def test_deleted_while_queued(product: Product) -> None:
+    """No worker: the run stays queued until it is deleted."""
+    product.start(program=("-m", "controller", "run", "--role", "controller"))
+    product.apply("d", "say hello")
+    product.wait(lambda: product.sql("SELECT status FROM app.runs") == [("queued",)], "queued")
+    delete(product, "d")
+    gone(product)
+    canceled(product)
+    product.start()  # whoever takes the queued workflow up finds nothing to do
+    product.wait(
+        lambda: product.sql("SELECT status FROM dbos.workflow_status") in ([("SUCCESS",)], [("CANCELLED",)]),
+        "the workflow has ended",
+    )
+    assert product.sql("SELECT status FROM app.runs") == [("canceled",)]
+    assert product.sql("SELECT count(*) FROM app.opencode_calls") == [(0,)]
+
+
+def test_deleted_while_waiting(product: Product) -> None:
+    product.start()
+    product.apply("d", "say hello")
+    product.wait_phase("d", "WaitingInput")
+    delete(product, "d")
+    gone(product)
+    canceled(product)
+    assert product.starts() == {}
+    product.wait(lambda: product.objects("planapprovals") == [], "its approval goes with it", seconds=SETTLE_SECONDS)
+
+
+def test_deleted_while_running_and_the_controller_is_killed(product: Product) -> None:
+    first = product.start(SBX_MODE="live")
+    product.apply("d", "wait very long")
+    product.wait_phase("d", "WaitingInput")
+    product.vote("d")
+    product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
+    first.kill()
+    delete(product, "d")
+    time.sleep(0.5)
+    assert "deletionTimestamp" in product.intent("d")["metadata"], "the finalizer holds it"
+    product.start(SBX_MODE="live")
+    gone(product)
+    canceled(product)
+    assert sum(product.starts().values()) == 1
+
+
+@pytest.mark.parametrize("voted", [False, True], ids=["waiting", "approved"])
+def test_deleted_while_the_controller_is_down(product: Product, *, voted: bool) -> None:
+    first = product.start()
+    product.apply("d", "say hello")
+    product.wait_phase("d", "WaitingInput")
+    first.stop()
+    if voted:
+        product.vote("d")
+    delete(product, "d")
+    product.start()
+    gone(product)
+    canceled(product)
+    assert product.starts() == {}, "a deletion wins over a vote that nobody has counted"
+
+
+def test_deleted_without_its_finalizer_while_the_controller_is_down(product: Product) -> None:
+    """An administrator took the finalizer off: the object is gone before anybody could cancel. Absence, confirmed by a GET."""
+    first = product.start()
+    product.apply("d", "say hello")
+    product.apply("other", "say hello")
+    for name in ("d", "other"):
+        product.wait_phase(name, "WaitingInput")
+    first.stop()
+    product.kubectl("patch", "intent", "d", "--type=merge", "-p", '{"metadata":{"finalizers":null}}', user="controller")
+    product.kubectl("delete", "intent", "d", "--timeout=10s", user="carol")
+    product.start()
+    query = "SELECT i.name, r.status FROM app.runs r JOIN app.intents i ON i.id = r.intent_id ORDER BY 1"
+    product.wait(lambda: product.sql(query) == [("d", "canceled"), ("other", "waiting_input")], "d is canceled, alone")
+
+
+def test_the_namespace_is_deleted_while_a_task_runs(product: Product) -> None:
+    product.start(SBX_MODE="live")
+    product.apply("d", "wait very long")
+    product.wait_phase("d", "WaitingInput")
+    product.vote("d")
+    product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
+    product.stack.kubectl("delete", "namespace", product.namespace, "--wait=false")
+    canceled(product)
+
+    def namespace_gone() -> bool:
+        return product.stack.kubectl("get", "namespace", product.namespace, check=False).returncode != 0
+
+    try:
+        product.wait(namespace_gone, "nothing of ours holds the namespace", seconds=30)
+    finally:
+        product.stack.kubectl("create", "namespace", product.namespace, check=False)  # Product deletes it
+    assert sum(product.starts().values()) == 1
+
+
+@pytest.mark.slow
+def test_many_missing_intents_are_a_fault_and_not_deletions(product: Product) -> None:
+    """More than ten at once: an empty list, a wrong cluster, a restored etcd. Nothing is canceled until somebody looks."""
+    first = product.start()
+    names = [f"m{n}" for n in range(11)]
+    body = {"apiVersion": "sisukodo.dev/v1alpha1", "kind": "Intent", "spec": {"goal": "say hello"}}
+    many = {"apiVersion": "v1", "kind": "List", "items": [{**body, "metadata": {"name": n}} for n in names]}
+    product.kubectl("apply", "-f", "-", stdin=json.dumps(many), user="carol")
+    counted = "SELECT status, count(*) FROM app.runs GROUP BY 1"
+    product.wait(lambda: product.sql(counted) == [("waiting_input", 11)], "all wait")
+    product.wait(lambda: len(product.objects("planapprovals")) == 11, "all are shown")
+    first.stop()
+    for name in names:
+        patch = '{"metadata":{"finalizers":null}}'
+        product.kubectl("patch", "intent", name, "--type=merge", "-p", patch, user="controller")
+    product.kubectl("delete", "intents", "--all", "--timeout=20s")
+    second = product.start(RESYNC_SECONDS="1")
+    product.wait(lambda: "many runs without their Intent" in second.log.read_text(), "the log says so")
+    time.sleep(2)
+    assert product.sql(counted) == [("waiting_input", 11)]
+
+
+# --------------------------------------------------------------------------- last: it takes the kind away from everybody
+
+
+@contextmanager
+def without_the_kind(product: Product) -> Iterator[None]:
+    """The CRD of Intents is deleted, with every Intent; in the end the chart is installed again."""
+    for name in [one["metadata"]["name"] for one in product.objects("intents")]:
+        patch = '{"metadata":{"finalizers":null}}'
+        product.kubectl("patch", "intent", name, "--type=merge", "-p", patch, user="controller")
+    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=30s")
+    try:
+        yield
+    finally:
+        product.stack.install()
+
+
+@pytest.mark.slow
+def test_a_missing_kind_is_not_deletion(product: Product) -> None:
+    first = product.start()
+    for name in ("a", "b"):
+        product.apply(name, "say hello")
+    for name in ("a", "b"):
+        product.wait_phase(name, "WaitingInput")
+    first.stop()
+    with without_the_kind(product):
+        second = product.start(RESYNC_SECONDS="1")  # exit code 75, and a restart by the Deployment, would be right, too
+        time.sleep(5)
+        assert product.sql("SELECT status FROM app.runs") == [("waiting_input",), ("waiting_input",)]
+        second.stop()
+
+
+@pytest.mark.slow
+def test_a_running_controller_sees_the_kind_come_back(product: Product) -> None:
+    one = product.start(RESYNC_SECONDS="300")  # the watch alone tells
+    with without_the_kind(product):
+        time.sleep(3)
+    if not one.child.alive():
+        one = product.start()
+    product.apply("c", "say hello")
+    product.wait_phase("c", "WaitingInput")
+    product.vote("c")
+    assert product.wait_phase("c", "Succeeded", "Failed")["phase"] == "Succeeded"
+    product.assert_once()
