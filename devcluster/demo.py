@@ -115,7 +115,8 @@ class Demo:
         out.print(self.kubectl("patch", "planapproval", approval, "--type=json", "-p", patch, user="alice").strip())
         if verdict == "Reject":
             self.follow(lambda s: s.get("phase") == "Rejected")
-            raise typer.Exit(0)
+            out.print("[yellow]rejected: nothing was executed[/]")
+            sys.exit(0)
 
     def follow_output(self, *, seconds: float = 120) -> None:
         """The sandboxes' output from PostgreSQL, as it comes."""
@@ -127,12 +128,13 @@ class Demo:
         )
         with psycopg.connect(self.stack.database, autocommit=True) as c:
             while time.monotonic() < deadline:
+                # Asked first: what was said before the end is then certainly read.
+                ended = c.execute("SELECT 1 FROM app.runs WHERE status <> 'running'").fetchone() is not None
                 for key, attempt, seq, task, kind, data in c.execute(query).fetchall():
                     if (key, attempt, seq) not in seen:
                         seen.add((key, attempt, seq))
                         self._print_chunk(task, kind, bytes(data))
-                row = c.execute("SELECT stage FROM app.runs WHERE status NOT IN ('running')").fetchone()
-                if row is not None:
+                if ended:
                     return
                 time.sleep(0.1)
 
@@ -248,7 +250,7 @@ def main() -> None:
                 finally:
                     controller.stop()
         out.print(f"\n[bold green]done in {clock().strip()}; everything that was started is stopped[/]")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C at the question
         out.print("\ninterrupted; everything that was started is stopped")
         sys.exit(130)
     except DevclusterError as e:
