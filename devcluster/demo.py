@@ -129,7 +129,7 @@ class Demo:
         with psycopg.connect(self.stack.database, autocommit=True) as c:
             while time.monotonic() < deadline:
                 # Asked first: what was said before the end is then certainly read.
-                ended = c.execute("SELECT 1 FROM app.runs WHERE status <> 'running'").fetchone() is not None
+                ended = c.execute("SELECT 1 FROM app.runs WHERE finished_at IS NOT NULL").fetchone() is not None
                 for key, attempt, seq, task, kind, data in c.execute(query).fetchall():
                     if (key, attempt, seq) not in seen:
                         seen.add((key, attempt, seq))
