@@ -86,9 +86,9 @@ class KubeCluster:
             self._custom.get_namespaced_custom_object(GROUP, VERSION, namespace, "planapprovals", name)
         )
 
-    async def crd_exists(self) -> bool:
-        """Whether Intents are a kind at all, now."""
-        name = f"intents.{GROUP}"
+    async def crd_exists(self, plural: str = "intents") -> bool:
+        """Whether this is a kind at all, now."""
+        name = f"{plural}.{GROUP}"
         call = self._custom.get_cluster_custom_object("apiextensions.k8s.io", "v1", "customresourcedefinitions", name)
         return await self._found(call) is not None
 

@@ -42,22 +42,24 @@ class Watch:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        asyncio.run(self._operate())
+
+    async def _operate(self) -> None:
+        # Told from in here: once kopf has raised, asyncio.run() may wait for ever for kopf's thread that waits for our stop flag.
         try:
-            asyncio.run(
-                kopf.operator(
-                    registry=self._registry(),
-                    settings=self._settings(),
-                    clusterwide=True,
-                    stop_flag=self._stop,
-                    ready_flag=self.ready,
-                )
+            await kopf.operator(
+                registry=self._registry(),
+                settings=self._settings(),
+                clusterwide=True,
+                stop_flag=self._stop,
+                ready_flag=self.ready,
             )
         except Exception as e:  # whatever ends the watch ends the process: it must not live on deaf
             log.exception("watch ended")
             self._failed(f"watch ended: {e}")
-            return
-        if not self._stop.is_set():
-            self._failed("watch ended by itself")
+        else:
+            if not self._stop.is_set():
+                self._failed("watch ended by itself")
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

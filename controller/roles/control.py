@@ -18,6 +18,7 @@ from controller.db import gauges
 from controller.db.notify import Listener
 from controller.kube import client as kube
 from controller.kube.cache import Cache
+from controller.kube.crd import GROUP
 from controller.kube.gate import IdentityGate
 from controller.kube.lease import lead, release
 from controller.kube.operator import Operator
@@ -28,6 +29,7 @@ from controller.roles.adapters import Adapters
 from controller.roles.fence import fence_off
 
 log = logging.getLogger(__name__)
+MISSING_SECONDS = 2.0
 
 
 class Controller:
@@ -40,6 +42,7 @@ class Controller:
         self.operator: Operator | None = None
         self.watch: Watch | None = None
         self.leading = False
+        self._missing: str | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
@@ -68,6 +71,7 @@ class Controller:
         fence_off("the leader lease was lost")
 
     async def _lead(self, cluster: kube.KubeCluster) -> None:
+        await self._wait_for_kinds(cluster)
         loop = asyncio.get_running_loop()
         s, cache = self._settings, Cache()
         gate = IdentityGate(cluster, namespace=s.namespace, service_account=s.service_account)
@@ -115,6 +119,15 @@ class Controller:
             await asyncio.to_thread(self.watch.stop)
             await asyncio.to_thread(listener.stop)
 
+    async def _wait_for_kinds(self, cluster: kube.KubeCluster) -> None:
+        """A watch that begins without its kinds would never look for them again."""
+        for plural in KINDS:
+            while not await cluster.crd_exists(plural):
+                self._missing = f"the CRD {plural}.{GROUP} is missing; install the chart"
+                log.error("CRD missing", extra={"problem": self._missing})
+                await asyncio.sleep(MISSING_SECONDS)
+        self._missing = None
+
     # ------------------------------------------------------------------ what health and metrics ask
 
     def alive(self) -> str | None:
@@ -125,6 +138,8 @@ class Controller:
 
     def ready(self) -> str | None:
         """A follower is ready, too; a leader once it has listed everything."""
+        if self._missing is not None:
+            return self._missing
         if self.leading and self.operator is not None and self.operator.last_resync is None:
             return "the first listing is not done"
         return None

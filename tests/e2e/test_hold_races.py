@@ -68,7 +68,9 @@ def settled(product: Product, name: str) -> str:
 
 def assert_one_outcome(product: Product, name: str, ended: str) -> None:
     """The winner's effect, and none of a loser's."""
-    ((attempts,),) = product.sql(f"SELECT count(*) FROM app.sbx_attempts a JOIN app.runs r ON r.id = a.run_id {OF}", name)
+    ((attempts,),) = product.sql(
+        f"SELECT count(*) FROM app.sbx_attempts a JOIN app.runs r ON r.id = a.run_id {OF}", name
+    )
     ((executions,),) = product.sql(f"SELECT r.execution_no FROM app.runs r {OF}", name)
     if ended == "succeeded":
         assert (attempts, executions) == (1, 1)
