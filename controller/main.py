@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from controller.sbx.mock import MockProvider
 from controller.workspace.workspace import GitWorkspace
 
 log = logging.getLogger(__name__)
+RECURSION_LIMIT = 30_000
 
 
 class SystemClock:
@@ -121,6 +123,8 @@ def product_version() -> str:
 
 def run(settings: Settings, *, role: str, adapters: Adapters | None = None) -> int:
     """The whole life of the process; its exit code. SIGTERM and SIGINT end it within 5 seconds."""
+    # The API server takes JSON of 10,000 levels, and a list that holds one such object must still be read.
+    sys.setrecursionlimit(RECURSION_LIMIT)
     adapters = adapters or build(settings, role=role)
     pool = adapters.pool
     metrics.BUILD_INFO.labels(product_version(), settings.app_version, role).set(1)

@@ -67,8 +67,10 @@ class WorkQueue:
     def _failed(self, key: str, error: Exception) -> None:
         self.errors += 1
         delay = self._delays[key] = min(self._delays.get(key, FIRST_DELAY / 2) * 2, MAX_DELAY)
-        if isinstance(error, Conflict):
+        self.add_later(key, delay)
+        if isinstance(error, RecursionError):
+            log.error("reconcile failed", extra={"uid": key, "again_in": delay, "error": "nested too deep"})
+        elif isinstance(error, Conflict):
             log.debug("reconcile conflict", extra={"uid": key, "error": str(error)})
         else:
             log.warning("reconcile failed", extra={"uid": key, "again_in": delay}, exc_info=error)
-        self.add_later(key, delay)

@@ -15,10 +15,13 @@ from controller.core.visible import first_hidden
 from controller.kube.crd import MAX_FREE_JSON_BYTES, IntentSpec
 
 MAX_GOAL_BYTES = 8 * 1024
+MAX_DEPTH = 32
 
 
 def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool) -> Settings:
     """The run's effective settings. Raises InvalidIntent naming the field and what would be right."""
+    for field in ("inputs", "constraints"):
+        _not_too_deep(f"spec.{field}", spec.get(field))
     try:
         IntentSpec.model_validate(dict(spec))
     except ValidationError as e:
@@ -45,6 +48,17 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
             "spec.workspace.git.url", "must be https://; http to loopback is a development setting of the controller"
         )
     return effective(spec, namespace=namespace, policy=policy)
+
+
+def _not_too_deep(field: str, value: Any) -> None:
+    """The API server takes 10,000 levels; whatever walks them recursively would end for everybody. Iterative, and first of all."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise InvalidIntent(field, f"is nested more than {MAX_DEPTH} levels deep")
+        inner = [v for v in level if isinstance(v, dict | list)]
+        level = [child for v in inner for child in (v.values() if isinstance(v, dict) else v)]
+        depth += 1
 
 
 def _storable(field: str, value: Any) -> None:

@@ -11,6 +11,22 @@ from devcluster.stack import Stack
 from tests.e2e.product import Product
 
 _NUMBERS = itertools.count(1)
+# One of each kind runs on every commit; the rest of the [hold] files belongs to `make full`.
+SLOW = ("policy", "gitops", "races", "deletion", "bad_input")
+FAST = {
+    "test_law_8_nothing_executes_when_the_policy_changed_after_the_quorum[audit-only]",
+    "test_law_4_applying_the_same_manifest_again_changes_nothing[replace]",
+    "test_law_4_rivals_at_one_moment_have_one_outcome[approve-cancel-]",
+    "test_law_5_the_controller_refuses_the_rest_and_writes_no_row",
+    "test_law_5_deep_json_ends_nothing_but_its_own_intent[3000]",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep `make test` under 12 minutes."""
+    for item in items:
+        if any(f"test_hold_{kind}.py" in item.nodeid for kind in SLOW) and item.name not in FAST:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

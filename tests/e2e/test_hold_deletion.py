@@ -194,9 +194,13 @@ def test_a_controller_sees_the_kind_come_back(product: Product, when: str) -> No
     with without_the_kind(product):
         one = one or product.start(RESYNC_SECONDS="300")
         time.sleep(3)
-    if not one.child.alive():  # exit code 75: a Deployment starts it again
-        one = product.start(RESYNC_SECONDS="300")
+    watching = one
     product.apply("c", "say hello")
+    product.wait(
+        lambda: not watching.child.alive() or product.status("c").get("phase") == "WaitingInput", "it sees, or it ends"
+    )
+    if not watching.child.alive():  # exit code 75: a Deployment starts it again
+        product.start(RESYNC_SECONDS="300")
     product.wait_phase("c", "WaitingInput", seconds=15)
     product.vote("c")
     assert product.wait_phase("c", "Succeeded", "Failed")["phase"] == "Succeeded"
