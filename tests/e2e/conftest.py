@@ -12,12 +12,18 @@ from tests.e2e.product import Product
 
 _NUMBERS = itertools.count(1)
 # One of each kind runs on every commit; the rest of the [hold] files belongs to `make full`.
-SLOW = ("policy", "gitops", "races", "deletion", "bad_input")
+SLOW = ("policy", "gitops", "races", "deletion", "bad_input", "store", "quorum")
 FAST = {
     "test_law_8_nothing_executes_when_the_policy_changed_after_the_quorum[audit-only]",
     "test_law_4_applying_the_same_manifest_again_changes_nothing[replace]",
     "test_law_4_rivals_at_one_moment_have_one_outcome[approve-cancel-]",
     "test_law_5_the_controller_refuses_the_rest_and_writes_no_row",
+    "test_law_10_another_store_starts_nothing[reset]",
+    "test_law_10_votes_of_the_old_store_do_not_count_in_the_new_one",
+    "test_law_4_a_late_vote_is_admitted_and_never_counted",
+    "test_law_8_a_quorum_of_two_is_two_people[namespace]",
+    "test_law_7_bytes_changed_between_approval_and_execution_are_refused[change_record]",
+    "test_law_3_a_thousand_tasks_stay_under_64_kib",
     "test_law_5_deep_json_ends_nothing_but_its_own_intent[3000]",
 }
 

@@ -160,6 +160,21 @@ class Product:
         with psycopg.connect(self.database, autocommit=True) as c:
             return c.execute(query.encode(), params or None).fetchall()
 
+    def rows(self) -> dict[str, int]:
+        """How many rows this namespace's Intents have. A controller looks at all namespaces, so others may have some, too."""
+        uids = [i["metadata"]["uid"] for i in self.objects("intents")]
+        mine = "intent_id = ANY(%s)"
+        return {
+            "app.intents": self.sql("SELECT count(*) FROM app.intents WHERE id = ANY(%s)", uids)[0][0],
+            "app.runs": self.sql(f"SELECT count(*) FROM app.runs WHERE {mine}", uids)[0][0],
+            "app.opencode_calls": self.sql(
+                f"SELECT count(*) FROM app.opencode_calls o JOIN app.runs r ON r.id = o.run_id WHERE {mine}", uids
+            )[0][0],
+            "dbos.workflow_status": self.sql(
+                "SELECT count(*) FROM dbos.workflow_status WHERE split_part(workflow_uuid, ':', 1) = ANY(%s)", uids
+            )[0][0],
+        }
+
     def starts(self) -> Counter[str]:
         """How often a command of each task key was started, by the sandboxes' own count."""
         if not self.start_log.exists():

@@ -13,15 +13,15 @@ from tests.e2e.product import Product
 
 # adapter method, before or after its nth call, whether the person votes before the crash is awaited
 EVERY_COMMIT = [
-    ("start", "after", 1, False),
     ("planned", "after", 1, False),
     ("approve", "after", 1, True),
-    ("begin_attempt", "after", 1, True),
     ("sandboxes.run", "after", 1, True),  # after the effect, before the outcome
     ("record_outcome", "after", 1, True),
-    ("finish", "after", 1, True),
 ]
 FULL = [
+    ("start", "after", 1, False),
+    ("begin_attempt", "after", 1, True),
+    ("finish", "after", 1, True),
     ("start_plan", "after", 1, False),
     ("workspace.snapshot", "after", 1, False),
     ("save_step", "before", 1, False),
