@@ -78,7 +78,9 @@ Line = Annotated[str, Field(max_length=1024)]
 ShownLine = Annotated[str, Field(max_length=10_240)]
 FreeJson = Annotated[dict[str, Any], Field(max_length=256)]
 Host = Annotated[
-    str, Field(min_length=1, max_length=260), _like(HOST, "use host or host:port, for example pypi.org or pypi.org:443")
+    str,
+    Field(min_length=1, max_length=260),
+    _like(HOST, "use host or host:port, for example packages.example.com or packages.example.com:443"),
 ]
 GitUrl = Annotated[
     str,

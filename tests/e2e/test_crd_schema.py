@@ -92,7 +92,7 @@ FULL = {
     "constraints": {"keep": ["src/api.ts"]},
     "workspace": {"git": {"url": "https://example.com/x.git", "ref": "main"}},
     "approval": {"required": 2, "expiresAfterSeconds": 60},
-    "sandbox": {"template": "python", "cpu": "1", "egress": {"mode": "Allow", "allow": ["pypi.org"]}},
+    "sandbox": {"template": "python", "cpu": "1", "egress": {"mode": "Allow", "allow": ["packages.example.com"]}},
     "limits": {"maxTasks": 5, "parallelism": 2},
 }
 CHANGED: dict[str, Any] = {

@@ -249,11 +249,11 @@ def test_git_refs(ref: str, fine: bool) -> None:
         ({}, True),
         ({"mode": "None"}, True),
         ({"mode": "Public"}, True),
-        ({"mode": "Allow", "allow": ["pypi.org:443"]}, True),
+        ({"mode": "Allow", "allow": ["packages.example.com:443"]}, True),
         ({"mode": "Allow"}, False),
-        ({"allow": ["pypi.org"]}, False),
-        ({"mode": "Public", "allow": ["pypi.org"]}, False),
-        ({"mode": "Allow", "allow": ["https://pypi.org"]}, False),
+        ({"allow": ["packages.example.com"]}, False),
+        ({"mode": "Public", "allow": ["packages.example.com"]}, False),
+        ({"mode": "Allow", "allow": ["https://packages.example.com"]}, False),
     ],
 )
 def test_egress(egress: dict[str, Any], fine: bool) -> None:
