@@ -186,10 +186,6 @@ SELECT content FROM app.blobs WHERE sha256 = %(sha256)s
 INSERT INTO app.artifacts (run_id, step_id, task_key, attempt, name, kind, sha256, size, uri)
 VALUES (%(run_id)s, %(step_id)s, %(task_key)s, %(attempt)s, %(name)s, %(kind)s, %(sha256)s, %(size)s, %(uri)s) ON CONFLICT DO NOTHING
 
--- name: artifacts
-SELECT step_id, task_key, attempt, name, kind, sha256, size, uri FROM app.artifacts WHERE run_id = %(run_id)s
- ORDER BY step_id, task_key, attempt, name
-
 -- name: planned
 UPDATE app.runs SET status = %(target)s, stage = %(stage)s, plan = %(plan)s, record = %(record)s, digest = %(digest)s,
        patch_sha256 = %(patch_sha256)s, approval_name = %(approval_name)s, approval_uid = NULL, reason = 'plan_not_approved',
