@@ -34,6 +34,10 @@ def test_an_approved_intent_is_executed_once_and_reported(product: Product) -> N
     assert approval["status"]["consumedBy"]["workflowId"] == f"{uid}:execute:1"
     reasons = {e["reason"] for e in product.objects("events.events.k8s.io")}
     assert {"PlanReady", "ApprovedBy", "Succeeded"} <= reasons
+    for person in ("carol", "alice"):
+        described = product.kubectl("describe", "intent", "hello", user=person)
+        events = described.partition("\nEvents:")[2]
+        assert all(reason in events for reason in ("PlanReady", "ApprovedBy", "Succeeded")), f"{person} sees:{events}"
 
 
 def test_a_rejected_plan_never_runs(product: Product) -> None:
