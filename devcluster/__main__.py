@@ -105,9 +105,9 @@ def down(
         postgres.stop()
         say(f"stopped {', '.join(alive)}" if alive else f"nothing was running in {home}")
         if wipe:
-            cluster.wipe()
-            postgres.wipe()
-            (home / "env").unlink(missing_ok=True)
+            stack = _stack(home)
+            stack.postgres = postgres
+            stack.wipe()
             say(f"removed the state in {home}")
 
 

@@ -30,6 +30,11 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "sisu-kodo"
 
 
+def open_to_all(path: Path) -> bool:
+    """Whether other users, sandboxes among them, can pass every folder down to `path`, as far as they exist."""
+    return all(folder.stat().st_mode & 0o001 for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 @contextmanager
 def locked(path: Path, *, report: Report = say) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`; the kernel drops it if the holder is killed."""

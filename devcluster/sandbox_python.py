@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from devcluster.cache import Report, cache_dir, locked, say
+from devcluster.cache import Report, cache_dir, locked, open_to_all, say
 from devcluster.errors import DevclusterError
 
 LOCK = Path(__file__).resolve().parent.parent / "requirements" / "sandbox-python.lock"
@@ -91,8 +91,7 @@ def _open_cache() -> Path:
     """The cache, or /var/cache/sisu-kodo when root has it in a home that other users cannot pass."""
     chosen = cache_dir()
     chosen.mkdir(parents=True, exist_ok=True)
-    passable = all(folder.stat().st_mode & 0o001 for folder in (chosen, *chosen.parents))
-    return chosen if passable or os.geteuid() != 0 else Path("/var/cache/sisu-kodo")
+    return chosen if open_to_all(chosen) or os.geteuid() != 0 else Path("/var/cache/sisu-kodo")
 
 
 def _build(home: Path, interpreter: Interpreter, identity: dict[str, str], lock: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from devcluster.cache import open_to_all
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.install import apply_chart, apply_people
@@ -106,8 +107,8 @@ class Stack:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-        if self.postgres is not None and not self.detach:
-            self.postgres.wipe()
+        if not self.detach:
+            self.wipe()
 
     def start(self) -> None:
         """Bring up everything but the controller."""
@@ -128,6 +129,24 @@ class Stack:
         self.migrate(self.database)
         self.write_policy()
         self.wait_enforced()
+
+    def sandboxes(self) -> Path:
+        """Where local sandboxes keep their files: in `state`, or, when that is closed to their users, behind a link from it."""
+        place = self.state / "sandboxes"
+        if not place.exists() and os.geteuid() == 0 and not open_to_all(self.state):
+            place.symlink_to(tempfile.mkdtemp(prefix="sisu-kodo-sandboxes-", dir="/var/tmp"))
+            place.resolve().chmod(0o711)
+        return place.resolve()
+
+    def wipe(self) -> None:
+        """Remove everything that a stopped stack has left in its directory."""
+        self.cluster.wipe()
+        if self.postgres is not None:
+            self.postgres.wipe()
+        shutil.rmtree((self.state / "sandboxes").resolve(), ignore_errors=True)
+        shutil.rmtree(self.state / "git", ignore_errors=True)
+        for name in ("sandboxes", "controller.json", "controller.log", "controller.port", "policy.yaml", "env"):
+            (self.state / name).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End it all; nothing is left running."""
@@ -209,7 +228,7 @@ class Stack:
             "OC_FIXTURES": str(ROOT / "opencode" / "fixtures"),
             "SBX_MODE": "mock",
             "SBX_PROVIDER": "local",
-            "SBX_ROOT": str(self.state / "sandboxes"),
+            "SBX_ROOT": settings.get("SBX_ROOT") or str(self.sandboxes()),
             "WORKSPACE_ROOT": str(self.state / "git"),
             "WORKSPACE_ALLOW_LOOPBACK_HTTP": "true",
             "POLICY_FILE": str(self.state / "policy.yaml"),

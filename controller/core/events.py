@@ -28,7 +28,8 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any], approval: Approval |
     found: list[Happening] = []
     if phase == "WaitingInput" and reason == "plan_not_approved":
         plan = new.get("plan", {})
-        text = f"{plan.get('taskCount', 0)} tasks, digest {plan.get('digest', '')}: review PlanApproval {plan.get('approvalName', '')}"
+        count = plan.get("taskCount", 0)
+        text = f"{count} task{'s' * (count != 1)}, digest {plan.get('digest', '')}: review PlanApproval {plan.get('approvalName', '')}"
         found.append(Happening(reason="PlanReady", message=text, warning=False, key=key))
     if (
         old.get("phase") == "WaitingInput"

@@ -244,15 +244,17 @@ def _rows(run: Run, reason: str, detail: str) -> list[tuple[str, str, str, str]]
 def of_approval(approval: Approval, run: Run, *, identity: str | None, now: datetime) -> dict[str, Any]:
     """The status of a PlanApproval: what was decided, and by which workflow it was consumed."""
     decision = _decision(run)
+    received = len({v.approver for v in approval.votes})
+    votes = f"{received} of {run.settings.required} votes"
     verified = "False" if identity is not None or approval.problem is not None else "True"
     why = approval.problem or identity or "votes are by whom the API server authenticated"
     rows = [
-        ("Decided", "True" if decision != "Pending" else "False", decision, ""),
+        ("Decided", "True" if decision != "Pending" else "False", decision, votes),
         ("IdentityVerified", verified, "Verified" if verified == "True" else "NotEnforced", why),
     ]
     seen: dict[str, Any] = {
         "decision": decision,
-        "received": len({v.approver for v in approval.votes}),
+        "received": received,
         "conditions": [_condition(approval.status, k, s, r, generation=1, now=now, message=m) for k, s, r, m in rows],
     }
     if decision == "Approved":
