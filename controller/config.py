@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
 
 
 class ConfigError(Exception):
@@ -38,6 +38,16 @@ class Settings(BaseModel):
     oc_fixtures: Path = Field(
         Path("opencode/fixtures"), alias="OC_FIXTURES", description="folder of recorded turns (replay, record)"
     )
+    oc_config: Path = Field(
+        Path("opencode/opencode.json"),
+        alias="OC_CONFIG",
+        description="the daemon's configuration; opencode.version is beside it",
+    )
+    oc_model: str = Field("", alias="OC_MODEL", description="name of the model behind the daemon, for recordings")
+    oc_turn_seconds: float = Field(
+        300.0, alias="OC_TURN_SECONDS", ge=1, le=3600, description="deadline of a whole turn"
+    )
+    oc_concurrency: int = Field(8, alias="OC_CONCURRENCY", ge=1, le=64, description="turns at once on one daemon")
     sbx_mode: Literal["live", "mock"] = Field(alias="SBX_MODE", description="live or mock")
     sbx_provider: Literal["e2b", "kubernetes", "local"] = Field(
         "e2b", alias="SBX_PROVIDER", description="e2b, kubernetes or local"
@@ -82,6 +92,15 @@ class Settings(BaseModel):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
 
     @property
+    def oc_version(self) -> str:
+        """The pinned version of OpenCode. Raises ConfigError when the file beside OC_CONFIG is missing."""
+        path = self.oc_config.with_name("opencode.version")
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except OSError as e:
+            raise ConfigError(f"OC_CONFIG holds {str(self.oc_config)!r}: {path} cannot be read: {e.strerror}") from e
+
+    @property
     def git_environ(self) -> dict[str, str]:
         """What git's transport needs from outside."""
         found = {"HTTPS_PROXY": self.https_proxy, "NO_PROXY": self.no_proxy, "GIT_SSL_CAINFO": self.ssl_cert_file}
@@ -93,19 +112,100 @@ class Settings(BaseModel):
         return tuple(Path(one) for one in self.sbx_toolchains.split(":") if one)
 
 
+# opencode.json takes these values in as they are, and looks for {env:…} and {file:…} in the result.
+_PLAIN = r'^[^"\\\s{}\x00-\x1f\x7f]*$'
+
+
+class DaemonSettings(BaseModel):
+    """What `python -m controller oc-daemon` reads. Only child_environ() reaches the daemon itself."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    binary: FilePath = Field(alias="OC_BINARY", description="the pinned daemon's executable (opencode/install.py)")
+    config: FilePath = Field(
+        Path("opencode/opencode.json"),
+        alias="OC_CONFIG",
+        description="the daemon's configuration; opencode.version is beside it",
+    )
+    state: Path = Field(
+        Path("/var/lib/sisu-kodo/opencode"), alias="OC_STATE", description="a private folder; emptied at each start"
+    )
+    port: int = Field(4096, alias="OC_SERVER_PORT", ge=1, le=65535)
+    password: str = Field(
+        alias="OPENCODE_SERVER_PASSWORD", repr=False, min_length=1, description="what the worker's HTTP calls carry"
+    )
+    model: str = Field(
+        alias="OC_MODEL", min_length=1, pattern=_PLAIN, description="the model's name, as the provider knows it"
+    )
+    model_base_url: str = Field(
+        alias="OC_MODEL_BASE_URL",
+        repr=False,
+        pattern=r"^https?://" + _PLAIN[1:],
+        description="an OpenAI-compatible endpoint, e.g. https://models.example/v1",
+    )
+    model_api_key: str = Field(
+        "", alias="OC_MODEL_API_KEY", repr=False, pattern=_PLAIN, description="the provider's key"
+    )
+    stall_ms: int = Field(
+        20_000, alias="OC_STALL_MS", ge=100, lt=30_000, description="silence of the model that counts as a stall"
+    )
+    memory_mb: int = Field(1536, alias="OC_MEMORY_MB", ge=64, description="restart between turns above it")
+    https_proxy: str = Field("", alias="HTTPS_PROXY", repr=False, description="on the way to the provider")
+    no_proxy: str = Field("", alias="NO_PROXY")
+    ssl_cert_file: str = Field("", alias="SSL_CERT_FILE", description="CA bundle for the provider")
+    log_format: Literal["json", "text"] = Field("text", alias="LOG_FORMAT")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
+
+    @property
+    def version(self) -> str:
+        """The pinned version, from opencode.version beside OC_CONFIG. Raises ConfigError."""
+        pin = self.config.with_name("opencode.version")
+        try:
+            return pin.read_text().strip()
+        except OSError as e:
+            raise ConfigError(f"OC_CONFIG holds {str(self.config)!r}: no {pin.name} beside it: {e.strerror}") from None
+
+    def child_environ(self) -> dict[str, str]:
+        """What opencode.json reads by {env:…}, and what its way to the provider needs."""
+        found = {
+            "OC_MODEL": self.model,
+            "OC_MODEL_BASE_URL": self.model_base_url,
+            "OC_MODEL_API_KEY": self.model_api_key,
+            "OC_STALL_MS": str(self.stall_ms),
+            "HTTPS_PROXY": self.https_proxy,
+            # What it must not do goes to loopback, where nobody answers: by a proxy it would wait.
+            "NO_PROXY": ",".join(("127.0.0.1", "localhost", *filter(None, [self.no_proxy]))),
+            "SSL_CERT_FILE": self.ssl_cert_file,
+        }
+        return {name: value for name, value in found.items() if value or name == "OC_MODEL_API_KEY"}
+
+
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Read and validate. Raises ConfigError with one line that names the first bad variable."""
+    return _load(Settings, environ)
+
+
+def load_daemon(environ: Mapping[str, str] | None = None) -> DaemonSettings:
+    """The same for the daemon's supervisor."""
+    return _load(DaemonSettings, environ)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _load(model: type[M], environ: Mapping[str, str] | None) -> M:
     values = {k: v for k, v in (os.environ if environ is None else environ).items() if v != ""}
     try:
-        return Settings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as e:
         first = e.errors()[0]
         name = str(first["loc"][0])
-        field = next((f for f in Settings.model_fields.values() if f.alias == name), None)
+        field = next((f for f in model.model_fields.values() if f.alias == name), None)
         may = f"; it may hold: {field.description}" if field is not None and field.description else ""
         held = "is not set" if first["type"] == "missing" else f"holds {_shown(name, values)}: {first['msg']}"
         raise ConfigError(f"{name} {held}{may}") from None
 
 
 def _shown(name: str, values: Mapping[str, str]) -> str:
-    return "a value that is not shown" if "URL" in name or "PASSWORD" in name else repr(values.get(name))
+    secret = any(word in name for word in ("URL", "PASSWORD", "KEY", "PROXY"))
+    return "a value that is not shown" if secret else repr(values.get(name))

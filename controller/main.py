@@ -18,13 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from controller import metrics
 from controller.config import ConfigError, Settings
+from controller.core.errors import Permanent
 from controller.db.lease import PgLeaseStore
 from controller.db.ledger import PgTurnLedger
 from controller.db.pool import Pool, open_pool
 from controller.db.runs import PgRunStore
 from controller.db.work import PgWorkStore
 from controller.gateway import health
-from controller.oc.client import OpenCodeClient
 from controller.oc.live import LiveAgent
 from controller.oc.record import RecordingAgent
 from controller.oc.replay import ReplayAgent
@@ -86,12 +86,23 @@ def _worker(settings: Settings, pool: Pool) -> WorkerAdapters:
 def _agent(settings: Settings) -> AgentServer:
     if settings.oc_mode == "replay":
         return ReplayAgent(settings.oc_fixtures)
-    url = settings.oc_base_url or f"http://127.0.0.1:{settings.oc_server_port}"
-    client = OpenCodeClient(url, password=settings.oc_server_password)
-    live = LiveAgent(client)
+    live = LiveAgent(
+        settings.oc_base_url or f"http://127.0.0.1:{settings.oc_server_port}",
+        password=settings.oc_server_password,
+        version=settings.oc_version,
+        turn_seconds=settings.oc_turn_seconds,
+        concurrency=settings.oc_concurrency,
+        observe=lambda outcome, seconds: metrics.OPENCODE_SECONDS.labels(outcome).observe(seconds),
+    )
+    try:
+        live.check()
+    except Permanent as e:
+        raise ConfigError(str(e)) from e
     if settings.oc_mode == "live":
         return live
-    return RecordingAgent(live, directory=settings.oc_fixtures, opencode=client.version(), model="live")
+    return RecordingAgent(
+        live, directory=settings.oc_fixtures, opencode=settings.oc_version, model=settings.oc_model or "unnamed"
+    )
 
 
 def _sandboxes(settings: Settings) -> SandboxProvider:

@@ -15,6 +15,12 @@ SANDBOX_SECONDS = Histogram(
     "sisukodo_sandbox_duration_seconds", "Time in a sandbox.", ["provider", "stage", "outcome"], buckets=_FAST
 )
 STEP_SECONDS = Histogram("sisukodo_step_duration_seconds", "Time of a stable step.", ["step", "outcome"], buckets=_FAST)
+OPENCODE_SECONDS = Histogram(
+    "sisukodo_opencode_turn_seconds",
+    "Time of a turn of the model, waiting for a free place included.",
+    ["outcome"],
+    buckets=(0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600),
+)
 STATUS_LAG = Histogram(
     "sisukodo_status_lag_seconds", "From a run's change in the database to its Intent's status.", buckets=_FAST
 )
@@ -27,6 +33,12 @@ STALLED = Gauge("sisukodo_intents_stalled", "Intents that wait for a person outs
 DATABASE_UP = Gauge("sisukodo_database_up", "1 while PostgreSQL answers the leader, else 0.")
 DATABASE_UP.set(float("nan"))
 RECONCILE_SECONDS = Histogram("sisukodo_reconcile_duration_seconds", "One reconcile of one Intent.", buckets=_FAST)
+RECONCILE_BACKLOG = Gauge("sisukodo_reconcile_backlog", "Intents that are being reconciled or wait for it.")
+RESYNC_SECONDS = Histogram(
+    "sisukodo_resync_duration_seconds",
+    "Listing everything, from the first page to the last look queued.",
+    buckets=_FAST,
+)
 FENCE_REJECTIONS = Counter(
     "sisukodo_fence_rejections_total", "Outcomes refused because a newer attempt owned the task."
 )

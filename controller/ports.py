@@ -54,7 +54,11 @@ class AgentServer(Protocol):
         """`live`, `record` or `replay`."""
 
     def turn(self, request: TurnRequest) -> TurnReply:
-        """Send one prompt and wait for its answer. Raises FixtureMissing, Unavailable or Permanent."""
+        """Send one prompt and wait for its answer.
+
+        Raises TurnStalled or ContextOverflow when less should be asked for, Unavailable when later, FixtureMissing or Permanent
+        when asking again is no use.
+        """
 
     def end_session(self, session: str) -> None:
         """Forget a session; unknown ones are fine."""

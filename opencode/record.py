@@ -21,7 +21,7 @@ from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidPlan
 from controller.core.model import GitSource, TurnReply, TurnRequest
 from controller.core.prompt import tasks_feedback
-from controller.oc import Daemon, LiveAgent, OpenCodeClient, RecordingAgent
+from controller.oc import Daemon, LiveAgent, RecordingAgent
 from controller.ports import AgentServer
 from controller.workflows.compile import Bounds, Brief, compile_plan, repair_plan
 from controller.workspace import GitWorkspace
@@ -47,6 +47,14 @@ class NoLedger:
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         """Nothing is kept."""
+
+    def tried(self, request: TurnRequest) -> str | None:
+        """Nothing is known."""
+        return None
+
+    def spent(self) -> int:
+        """Nothing is kept."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +141,9 @@ def main(
         model = stack.enter_context(ScriptedModel(found))
         daemon = Daemon(binary, root=root / "daemon", config=CONFIG, version=VERSION, environ=model.environ())
         stack.enter_context(daemon)
-        client = OpenCodeClient(daemon.base_url, password=daemon.password)
-        stack.callback(client.close)
-        agent = RecordingAgent(LiveAgent(client), directory=root / "new", opencode=VERSION, model=MODEL)
+        live = LiveAgent(daemon.base_url, password=daemon.password, version=VERSION)
+        stack.callback(live.close)
+        agent = RecordingAgent(live, directory=root / "new", opencode=VERSION, model=MODEL)
         recorder = Recorder(agent=agent, workspace=GitWorkspace(root / "git", allow_loopback_http=True), server=server)
         record(recorder, found)
         replace(fixtures, root / "new")

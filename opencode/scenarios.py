@@ -7,14 +7,16 @@ feedback: {…}                optional: how record.py makes that feedback: {sum
 turns:                       the first answers the first message, and so on; the last one answers all that follow
   - need: {reads: [], searches: []}
   - plan: {…}                PlanOutput without goal, which is filled in; a task may say `repeat: 1000`
-  - structured: {…}          any answer as it is; `text:` prose, `status:` an HTTP error, `hang:` seconds of silence
+  - structured: {…}          any answer as it is; class Answer lists how else a model can behave, well or badly
+    first: [{…}, …]          optional: what the first calls of this turn get instead
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,26 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer; exactly one field is set."""
+    """One answer. What is said: structured, text, raw or tool; or an HTTP status, whose message is the text. How: the rest.
+
+    `raw` are the arguments of StructuredOutput as they are, JSON or not; `tool` is {name, arguments} of another tool. `headers` go
+    with a status. `silent` are seconds before the headers, `pause` seconds before each piece of at most `piece` characters; after
+    `stop` characters comes silence, with comments that keep the connection alive if `comments`. `finish` replaces the reason.
+    """
 
     structured: Any = None
     text: str | None = None
+    raw: str | None = None
+    tool: Mapping[str, Any] | None = None
     status: int | None = None
-    hang: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    silent: float = 0.0
+    stop: int | None = None
+    comments: bool = False
+    pause: float = 0.0
+    piece: int = 4096
+    finish: str | None = None
+    first: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +81,15 @@ def _scenario(name: str, raw: Mapping[str, Any]) -> Scenario:
 
 
 def _answer(turn: Mapping[str, Any], goal: str) -> Answer:
+    rest = {key: value for key, value in turn.items() if key not in ("need", "plan", "first")}
+    rest["first"] = tuple(_answer(one, goal) for one in turn.get("first", ()))
     if "need" in turn:
-        return Answer(structured={"kind": "need", "need": turn["need"]})
+        rest["structured"] = {"kind": "need", "need": turn["need"]}
     if "plan" in turn:
         plan = {"goal": goal, "design": [], "files": [], "risks": [], "edits": [], "tests": [], **turn["plan"]}
         plan["tasks"] = list(_tasks(plan["tasks"]))
-        return Answer(structured={"kind": "plan", "plan": plan})
-    return Answer(**turn)
+        rest["structured"] = {"kind": "plan", "plan": plan}
+    return Answer(**rest)
 
 
 def _tasks(tasks: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -87,8 +105,8 @@ def _tasks(tasks: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {**rest, "id": f"{task['id']}-{number}", "title": f"{task['title']} {n} of {count}"}
 
 
-def pick(scenarios: Sequence[Scenario], messages: Sequence[str]) -> Answer | None:
-    """The answer to a session's messages; a scenario with `after` goes before one without."""
+def pick(scenarios: Sequence[Scenario], messages: Sequence[str], calls: Counter[tuple[str, int]]) -> Answer | None:
+    """The answer to a session's messages; a scenario with `after` goes before one without. `calls` counts those of each turn."""
     if not messages:
         return None
     wanted = [s for s in scenarios if f'"goal":{json.dumps(s.goal, ensure_ascii=False)}' in messages[0]]
@@ -98,4 +116,7 @@ def pick(scenarios: Sequence[Scenario], messages: Sequence[str]) -> Answer | Non
     if not fitting:
         return None
     turns = fitting[0].turns
-    return turns[min(len(messages), len(turns)) - 1]
+    turn = turns[min(len(messages), len(turns)) - 1]
+    before = calls[(fitting[0].name, len(messages))]
+    calls[(fitting[0].name, len(messages))] += 1
+    return turn.first[before] if before < len(turn.first) else turn

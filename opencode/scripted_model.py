@@ -6,9 +6,11 @@ models do. See scenarios.py for what a script can say.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import threading
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -16,7 +18,6 @@ from typing import Any, ClassVar
 from opencode.scenarios import Answer, Scenario, pick
 
 MODEL = "scripted"
-PIECE = 4096  # characters of a tool call's arguments per chunk
 
 
 class ScriptedModel:
@@ -24,7 +25,9 @@ class ScriptedModel:
 
     def __init__(self, scenarios: Sequence[Scenario], *, port: int = 0) -> None:
         self._seen: list[dict[str, Any]] = []
-        handler = type("Handler", (_Handler,), {"scenarios": tuple(scenarios), "seen": self._seen})
+        self._ended = threading.Event()
+        shared = {"lock": threading.Lock(), "calls": Counter(), "ended": self._ended}
+        handler = type("Handler", (_Handler,), {"scenarios": tuple(scenarios), "seen": self._seen, **shared})
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="scripted-model", daemon=True)
@@ -44,6 +47,7 @@ class ScriptedModel:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._ended.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -52,6 +56,9 @@ class ScriptedModel:
 class _Handler(BaseHTTPRequestHandler):
     scenarios: ClassVar[tuple[Scenario, ...]]
     seen: ClassVar[list[dict[str, Any]]]
+    calls: ClassVar[Counter[tuple[str, int]]]
+    lock: ClassVar[threading.Lock]
+    ended: ClassVar[threading.Event]
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -61,19 +68,25 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(request)
         users = [_text(message) for message in request["messages"] if message["role"] == "user"]
-        answer = pick(self.scenarios, users)
+        with self.lock:
+            answer = pick(self.scenarios, users, self.calls)
         if answer is None:
-            self._error(400, f"no scenario has this goal and {len(users)} messages: add one to opencode/scenarios")
-        elif answer.status is not None:
-            self._error(answer.status, "as the scenario says")
-        else:
-            self._answer(request, answer)
+            self._error(400, f"no scenario has this goal and {len(users)} messages: add one to opencode/scenarios", {})
+            return
+        self.ended.wait(answer.silent)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has given up
+            if answer.status is not None:
+                self._error(answer.status, answer.text or "as the scenario says", answer.headers)
+            else:
+                self._answer(request, answer)
 
-    def _error(self, status: int, message: str) -> None:
+    def _error(self, status: int, message: str, headers: Mapping[str, str]) -> None:
         body = json.dumps({"error": {"message": message, "type": "scripted", "code": status}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -83,23 +96,38 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        if answer.hang is not None:
-            time.sleep(answer.hang)
+        if answer.stop == 0:
+            self._hang(comments=answer.comments)
             return
-        said = answer.text if answer.text is not None else json.dumps(answer.structured, ensure_ascii=False)
-        if answer.text is not None:
-            self._chunk({"role": "assistant", "content": said})
+        said, tool = _said(answer)
+        if tool is None:
+            self._chunk({"role": "assistant", "content": ""})
         else:
-            call = {"index": 0, "id": f"call_{len(self.seen)}", "type": "function"}
+            call = {
+                "index": 0,
+                "id": f"call_{len(self.seen)}",
+                "type": "function",
+                "function": {"name": tool, "arguments": ""},
+            }
+            self._chunk({"role": "assistant", "tool_calls": [call]})
+        for at in range(0, len(said[: answer.stop]), answer.piece):
+            self.ended.wait(answer.pause)
+            piece = said[: answer.stop][at : at + answer.piece]
             self._chunk(
-                {
-                    "role": "assistant",
-                    "tool_calls": [{**call, "function": {"name": "StructuredOutput", "arguments": ""}}],
-                }
+                {"content": piece} if tool is None else {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
             )
-            for at in range(0, len(said), PIECE):
-                self._chunk({"tool_calls": [{"index": 0, "function": {"arguments": said[at : at + PIECE]}}]})
-        self._end("stop" if answer.text is not None else "tool_calls", request, said)
+        if answer.stop is not None:
+            self._hang(comments=answer.comments)
+            return
+        self._end(answer.finish or ("stop" if tool is None else "tool_calls"), request, said)
+
+    def _hang(self, *, comments: bool) -> None:
+        """Silence until whoever asked gives up; comments keep a connection alive and say nothing."""
+        while not self.ended.wait(0.5):
+            if comments:
+                self.wfile.write(b": alive\n\n")
+            elif select.select([self.connection], [], [], 0)[0]:
+                return
 
     def _chunk(self, delta: Mapping[str, Any], **more: Any) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": more.pop("finish", None)}
@@ -121,6 +149,16 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         self._chunk({}, finish=finish, usage=usage)
         self.wfile.write(b"data: [DONE]\n\n")
+
+
+def _said(answer: Answer) -> tuple[str, str | None]:
+    """The words, and the tool that they are the arguments of."""
+    if answer.text is not None:
+        return answer.text, None
+    if answer.tool is not None:
+        return json.dumps(answer.tool["arguments"]), str(answer.tool["name"])
+    raw = answer.raw if answer.raw is not None else json.dumps(answer.structured, ensure_ascii=False)
+    return raw, "StructuredOutput"
 
 
 def _text(message: Mapping[str, Any]) -> str:

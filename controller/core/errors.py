@@ -2,10 +2,12 @@
 
 SisuError
 ├── Transient            try again later; nothing was decided
-│   └── Unavailable      a daemon, database, API server or sandbox provider did not answer
+│   ├── Unavailable      a daemon, database, API server or sandbox provider did not answer
+│   └── TurnStalled      the model fell silent in a turn, which was taken back: ask for less
 ├── Permanent            record it and stop; trying again gives the same answer
 │   ├── InvalidIntent    the Intent asks for something that cannot be: names the field and what would be right
 │   ├── InvalidPlan      the model's plan breaks its contract
+│   ├── ContextOverflow  a prompt is too long for the model: ask for less
 │   ├── FixtureMissing   OC_MODE=replay has no recording of this turn
 │   ├── DigestMismatch   stored bytes are not the approved bytes
 │   └── WorkspaceRefused the repository or an edit breaks a safety rule (path, link, size, protocol)
@@ -25,7 +27,15 @@ class Transient(SisuError):
 
 
 class Unavailable(Transient):
-    """A daemon, database, API server or sandbox provider did not answer."""
+    """A daemon, database, API server or sandbox provider did not answer. `retry_after`: seconds that it asked for."""
+
+    def __init__(self, message: str, *, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TurnStalled(Transient):
+    """The model fell silent in a turn, which was taken back: ask for less."""
 
 
 class Permanent(SisuError):
@@ -42,6 +52,10 @@ class InvalidIntent(Permanent):
 
 class InvalidPlan(Permanent):
     """The model's plan breaks its contract."""
+
+
+class ContextOverflow(Permanent):
+    """A prompt is too long for the model: ask for less."""
 
 
 class FixtureMissing(Permanent):

@@ -46,7 +46,8 @@ class Patch:
 class TurnRequest:
     """One prompt to an agent. `history` are the prompts sent before in the same session, oldest first.
 
-    `session` names the session (one per run and plan generation); it is not part of the fixture key.
+    `session` names the session (one per run and plan generation); it is not part of the fixture key, and neither is
+    `max_tokens`, what the turn may still take.
     """
 
     session: str
@@ -55,11 +56,15 @@ class TurnRequest:
     prompt: str
     commit: str
     history: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnReply:
-    """What the agent answered. `structured` is unvalidated. Tokens count the whole turn; timings are milliseconds per phase."""
+    """What the agent answered. `structured` is unvalidated; without it `problem` tells the model what was wrong.
+
+    Tokens count the whole turn; timings are milliseconds per phase.
+    """
 
     session: str
     structured: Any
@@ -68,6 +73,7 @@ class TurnReply:
     tokens_in: int
     tokens_out: int
     timings: Mapping[str, int]
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

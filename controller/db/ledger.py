@@ -36,7 +36,16 @@ class PgTurnLedger:
             tokens_in=row["tokens"]["in"],
             tokens_out=row["tokens"]["out"],
             timings=row["timings"] or {},
+            problem=row["problem"],
         )
+
+    def tried(self, request: TurnRequest) -> str | None:
+        row = one(self._pool, "ledger_tried", op_key=self._op_key(request))
+        return None if row is None else str(row["err_code"])
+
+    def spent(self) -> int:
+        row = one(self._pool, "ledger_spent", run_id=self._ctx.run_id)
+        return 0 if row is None else int(row["tokens"])
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         if not _storable(reply.structured) or not _storable(reply.raw_text):
@@ -47,7 +56,7 @@ class PgTurnLedger:
             request,
             {
                 "session": reply.session,
-                "response": Jsonb({"structured": reply.structured, "text": reply.raw_text}),
+                "response": Jsonb({"structured": reply.structured, "text": reply.raw_text, "problem": reply.problem}),
                 "structured": Jsonb(reply.structured),
                 "raw_text": reply.raw_text,
                 "tool_calls": Jsonb([dict(t) for t in reply.tool_calls]),

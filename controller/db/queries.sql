@@ -276,7 +276,14 @@ UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s,
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'finish' AND execution_no = %(execution_no)s
 
 -- name: ledger_get
-SELECT session, structured, raw_text, tool_calls, tokens, timings FROM app.opencode_calls WHERE op_key = %(op_key)s AND err_code IS NULL
+SELECT session, structured, raw_text, tool_calls, tokens, timings, response->>'problem' AS problem
+  FROM app.opencode_calls WHERE op_key = %(op_key)s AND err_code IS NULL
+
+-- name: ledger_tried
+SELECT err_code FROM app.opencode_calls WHERE op_key = %(op_key)s AND err_code IS NOT NULL
+
+-- name: ledger_spent
+SELECT coalesce(sum((tokens->>'in')::bigint + (tokens->>'out')::bigint), 0) AS tokens FROM app.opencode_calls WHERE run_id = %(run_id)s
 
 -- name: ledger_put
 -- A failed call is kept until the same call succeeds; a success is never overwritten.

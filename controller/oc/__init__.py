@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from controller.oc.client import OpenCodeClient
 from controller.oc.daemon import Daemon
 from controller.oc.live import LiveAgent
 from controller.oc.record import RecordingAgent
 from controller.oc.replay import ReplayAgent
 
-__all__ = ["Daemon", "LiveAgent", "OpenCodeClient", "RecordingAgent", "ReplayAgent"]
+__all__ = ["Daemon", "LiveAgent", "RecordingAgent", "ReplayAgent"]

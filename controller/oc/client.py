@@ -1,12 +1,12 @@
 """The few HTTP calls to OpenCode's daemon that are needed, with its failures as our errors. Only oc/ may import it.
 
-The daemon answers 200 even when a turn failed: what a turn came to is in its body, and live.py judges that.
+The daemon answers 200 even when a turn failed: what a turn came to is in its body, and turn.py judges that.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -16,14 +16,17 @@ from controller.core.errors import Permanent, Unavailable
 USER = "opencode"
 CALL_SECONDS = 30.0
 ABORT_SECONDS = 5.0
+PROBE_SECONDS = 4.0  # a busy daemon takes up to 3 s
+# The daemon sends a heartbeat every 10 s, and a busy one is up to 3 s late.
+SILENCE_SECONDS = 15.0
 
 
 class OpenCodeClient:
-    """One daemon. Thread-safe."""
+    """One daemon, for one event loop."""
 
     def __init__(self, base_url: str, *, password: str, user: str = USER) -> None:
         self.base_url = base_url
-        self._http = httpx.Client(
+        self._http = httpx.AsyncClient(
             base_url=base_url,
             auth=(user, password),
             timeout=httpx.Timeout(CALL_SECONDS, connect=5.0),
@@ -31,61 +34,91 @@ class OpenCodeClient:
             limits=httpx.Limits(max_connections=None),
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        await self._http.aclose()
 
-    def version(self) -> str:
-        """The daemon's version, such as 1.18.33."""
-        return str(self._call("GET", "/global/health")["version"])
+    async def version(self) -> str:
+        """The daemon's version, such as 1.18.33. A new connection each time: one that met the daemon half started never answers."""
+        answer = await self._call("GET", "/global/health", seconds=PROBE_SECONDS, headers={"Connection": "close"})
+        return str(answer["version"])
 
-    def create_session(self, *, title: str, agent: str) -> str:
+    async def create_session(self, *, title: str, agent: str) -> str:
         """A new session's id. A title spares the daemon a model call that would make one up."""
-        return str(self._call("POST", "/session", json={"title": title, "agent": agent})["id"])
+        return str((await self._call("POST", "/session", json={"title": title, "agent": agent}))["id"])
 
-    def prompt(
-        self, session: str, *, agent: str, text: str, schema: Mapping[str, Any], seconds: float
+    async def sessions(self) -> list[dict[str, Any]]:
+        """All sessions: {id, title, time: {created, updated} in ms}."""
+        return list(await self._call("GET", "/session"))
+
+    async def prompt(
+        self, session: str, *, message: str, agent: str, text: str, schema: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
         """Send one message and wait for the turn's end: {info, parts}. Closing the connection would not stop the turn."""
         body = {
+            "messageID": message,
             "agent": agent,
             "format": {"type": "json_schema", "schema": schema},
             "parts": [{"type": "text", "text": text}],
         }
-        answer = self._call("POST", f"/session/{session}/message", json=body, seconds=seconds)
-        return dict(answer)
+        return dict(await self._call("POST", f"/session/{session}/message", json=body, seconds=seconds))
 
-    def remind(self, session: str, *, agent: str, text: str) -> None:
+    async def remind(self, session: str, *, agent: str, text: str) -> None:
         """Add a message to the session's context without asking the model."""
         body = {"agent": agent, "noReply": True, "parts": [{"type": "text", "text": text}]}
-        self._call("POST", f"/session/{session}/message", json=body)
+        await self._call("POST", f"/session/{session}/message", json=body)
 
-    def tokens(self, session: str) -> tuple[int, int]:
+    async def tokens(self, session: str) -> tuple[int, int]:
         """Tokens in (cached ones too) and out (reasoning too) of the whole session so far."""
-        counts = self._call("GET", f"/session/{session}").get("tokens") or {}
-        cache = counts.get("cache") or {}
-        return (
-            int(counts.get("input", 0) + cache.get("read", 0) + cache.get("write", 0)),
-            int(counts.get("output", 0) + counts.get("reasoning", 0)),
-        )
+        return counted((await self._call("GET", f"/session/{session}")).get("tokens") or {})
 
-    def abort(self, session: str) -> None:
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """What busy sessions do, by id: {type: busy} or {type: retry, attempt, message, next}. Idle ones are absent."""
+        return dict(await self._call("GET", "/session/status", seconds=PROBE_SECONDS))
+
+    async def abort(self, session: str) -> None:
         """Stop the session's turn. Idle and unknown sessions are fine."""
-        self._call("POST", f"/session/{session}/abort", seconds=ABORT_SECONDS)
+        await self._call("POST", f"/session/{session}/abort", seconds=ABORT_SECONDS)
 
-    def delete(self, session: str) -> None:
+    async def revert(self, session: str, message: str) -> None:
+        """Take a message and its answer out of the session's context."""
+        await self._call("POST", f"/session/{session}/revert", json={"messageID": message}, seconds=ABORT_SECONDS)
+
+    async def delete(self, session: str) -> None:
         """Forget a session. Unknown ones are fine."""
-        self._call("DELETE", f"/session/{session}", missing_ok=True)
+        await self._call("DELETE", f"/session/{session}", seconds=ABORT_SECONDS, missing_ok=True)
 
-    def _call(
-        self, method: str, path: str, *, json: Any = None, seconds: float = CALL_SECONDS, missing_ok: bool = False
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """What happens in the daemon, {type, properties}, from now on. Raises Unavailable when it falls silent or goes away."""
+        where = f"OpenCode at {self.base_url}: events"
+        try:
+            timeout = httpx.Timeout(SILENCE_SECONDS, connect=5.0)
+            async with self._http.stream("GET", "/event", timeout=timeout) as response:
+                if response.status_code != 200:
+                    raise Unavailable(f"{where}: {response.status_code}")
+                async for line in response.aiter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line[5:])
+        except httpx.HTTPError as e:
+            raise Unavailable(f"{where}: {e or type(e).__name__}") from e
+        except ValueError as e:
+            raise Unavailable(f"{where}: not JSON: {e}") from e
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        seconds: float = CALL_SECONDS,
+        headers: Mapping[str, str] | None = None,
+        missing_ok: bool = False,
     ) -> Any:
         """The answer's JSON. Raises Unavailable when asking again may help, Permanent when not."""
         where = f"OpenCode at {self.base_url}: {method} {path.split('/')[1]}"
+        timeout = httpx.Timeout(seconds, connect=min(5.0, seconds))
         try:
-            response = self._http.request(
-                method, path, json=json, timeout=httpx.Timeout(seconds, connect=min(5.0, seconds))
-            )
+            response = await self._http.request(method, path, json=json, timeout=timeout, headers=headers)
         except httpx.TimeoutException as e:
             raise Unavailable(f"{where}: no answer within {seconds:g} s") from e
         except httpx.HTTPError as e:
@@ -104,6 +137,15 @@ class OpenCodeClient:
             if response.status_code == 200 and not response.content:
                 return None
             raise Unavailable(f"{where}: the answer is not JSON: {_brief(response)}") from e
+
+
+def counted(tokens: Mapping[str, Any]) -> tuple[int, int]:
+    """The daemon's token counts as (in, out): cached ones are read, reasoning is written."""
+    cache = tokens.get("cache") or {}
+    return (
+        int(tokens.get("input", 0) + cache.get("read", 0) + cache.get("write", 0)),
+        int(tokens.get("output", 0) + tokens.get("reasoning", 0)),
+    )
 
 
 def _brief(response: httpx.Response) -> str:

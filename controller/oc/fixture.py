@@ -46,6 +46,7 @@ def write(directory: Path, request: TurnRequest, reply: TurnReply, *, opencode: 
             "toolCalls": [dict(call) for call in reply.tool_calls],
             "tokensIn": reply.tokens_in,
             "tokensOut": reply.tokens_out,
+            **({} if reply.problem is None else {"problem": reply.problem}),
         },
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -79,4 +80,5 @@ def read(directory: Path, request: TurnRequest) -> TurnReply:
         tokens_in=reply["tokensIn"],
         tokens_out=reply["tokensOut"],
         timings={},
+        problem=reply.get("problem"),
     )

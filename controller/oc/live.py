@@ -1,121 +1,224 @@
-"""AgentServer over a running OpenCode daemon: one daemon session per session of ours, a deadline per turn, an abort behind it.
+"""AgentServer over a running OpenCode daemon: one daemon session per session of ours, made again from its prompts when it is gone.
 
-Success is a `structured` answer, nothing else; everything else becomes an error or a reply without one.
+Success is a `structured` answer, nothing else; everything else becomes an error or a reply without one. Turns run on an event
+loop in a thread of its own, so that each can be watched while it runs; callers are ordinary threads.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from controller.core.errors import Permanent, SisuError, Unavailable
+from controller.core.errors import Permanent, SisuError, TurnStalled, Unavailable
 from controller.core.model import TurnReply, TurnRequest
+from controller.oc import turn as turns
 from controller.oc.client import OpenCodeClient
+from controller.oc.events import Events
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-TURN_SECONDS = 600.0
-# The model answered, but not as asked: the caller may ask again.
-_NO_ANSWER = frozenset({"StructuredOutputError", "MessageOutputLengthError"})
-_TRY_AGAIN = frozenset({"MessageAbortedError", "UnknownError"})
+TURN_SECONDS = 300.0
+CONCURRENCY = 8
+DAEMON_SECONDS = 60.0  # a daemon that is being restarted on a busy machine takes 30 s
+TITLE = "sisu-kodo"
 
 
 @dataclass
 class _Session:
     id: str
     sent: tuple[str, ...] = ()
+    prompts: int = 0  # those that were reverted, too: a message's id is never used twice
     tokens_in: int = 0
     tokens_out: int = 0
 
 
 class LiveAgent:
-    """Safe for many threads as long as each session has one turn at a time. `turn_seconds` bounds a whole turn."""
+    """Safe for many threads as long as each session has one turn at a time. `turn_seconds` bounds a whole turn.
+
+    `version` is the pinned one: another daemon gets no prompt. `observe(outcome, seconds)` hears of every turn.
+    """
 
     mode = "live"
 
-    def __init__(self, client: OpenCodeClient, *, turn_seconds: float = TURN_SECONDS) -> None:
-        self._client, self._turn_seconds = client, turn_seconds
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        password: str,
+        version: str,
+        turn_seconds: float = TURN_SECONDS,
+        concurrency: int = CONCURRENCY,
+        daemon_seconds: float = DAEMON_SECONDS,
+        observe: Callable[[str, float], None] = lambda outcome, seconds: None,
+    ) -> None:
+        self._version, self._turn_seconds, self._daemon_seconds = version, turn_seconds, daemon_seconds
+        self._observe = observe
         self._sessions: dict[str, _Session] = {}
-        self._lock = threading.Lock()
+        self._left: set[str] = set()  # ids that the daemon may still hold
+        self._loop = asyncio.new_event_loop()
+        self._client = OpenCodeClient(base_url, password=password)
+        self._events = Events(self._client)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._reader: asyncio.Task[None] | None = None
+        threading.Thread(target=self._loop.run_forever, name="opencode", daemon=True).start()
 
     def turn(self, request: TurnRequest) -> TurnReply:
         """See ports.AgentServer."""
-        started = time.monotonic()
-        session = self._session(request)
-        ready = time.monotonic()
+        began = time.monotonic()
+        outcome = "ok"
         try:
-            answer = self._client.prompt(
-                session.id, agent=request.agent, text=request.prompt, schema=request.schema, seconds=self._turn_seconds
-            )
-            reply = self._reply(session, answer)
-        except SisuError:
-            # The turn may still run in the daemon, and its session holds half of it: leave neither behind.
-            self.end_session(request.session)
+            return self._run(self._turn(request))
+        except SisuError as e:
+            outcome = type(e).__name__
             raise
-        session.sent = (*session.sent, request.prompt)
-        done = time.monotonic()
-        timings = {"session": _ms(ready - started), "model": _ms(done - ready), "total": _ms(done - started)}
-        return TurnReply(**{**reply, "session": session.id, "timings": timings})
+        finally:
+            self._observe(outcome, time.monotonic() - began)
 
     def end_session(self, session: str) -> None:
         """See ports.AgentServer. A daemon that does not answer is no reason to fail: it forgets when it restarts."""
-        with self._lock:
-            known = self._sessions.pop(session, None)
+        self._run(self._end(session))
+
+    def check(self) -> None:
+        """Raises Permanent when another version than the pinned one answers; silence is no answer."""
+        with contextlib.suppress(Unavailable):
+            self._run(self._pinned())
+
+    def close(self) -> None:
+        """End the connections. Turns that run are left to the daemon's end."""
+
+        async def close() -> None:
+            if self._reader is not None:
+                self._reader.cancel()
+            await self._client.close()
+
+        self._run(close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result()
+
+    async def _turn(self, request: TurnRequest) -> TurnReply:
+        queued = time.monotonic()
+        async with self._slots:
+            started = time.monotonic()
+            await self._reachable()
+            session = await self._session(request)
+            ready = time.monotonic()
+            answer = await self._asked(session, request)
+            done = time.monotonic()
+        timings = {
+            "queued": _ms(started - queued),
+            "session": _ms(ready - started),
+            "model": _ms(done - ready),
+            "total": _ms(done - queued),
+        }
+        return TurnReply(**{**answer, "session": session.id, "timings": timings})
+
+    async def _asked(self, session: _Session, request: TurnRequest) -> dict[str, Any]:
+        """One prompt in this session. After an error the session, which may hold half a turn, is given up."""
+        session.prompts += 1
+        message = f"msg_{hashlib.sha256(f'{session.id}/{session.prompts}'.encode()).hexdigest()[:24]}"
+        progress = self._events.watch(session.id)
+        bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens)
+        try:
+            answer = await turns.ask(
+                self._client, progress, session.id, message=message, request=request, bounds=bounds
+            )
+            reply = await self._reply(session, answer)
+        except SisuError as e:
+            log.warning("opencode_turn_failed", extra={"session": session.id, "error": f"{type(e).__name__}: {e}"})
+            if not isinstance(e, TurnStalled):  # that one was reverted, and the session is as it was before
+                await self._end(request.session)
+            raise
+        finally:
+            self._events.forget(session.id)
+        session.sent = (*session.sent, request.prompt)
+        return reply
+
+    async def _reachable(self) -> None:
+        """Wait for the daemon, which may be starting. Raises Unavailable after DAEMON_SECONDS, Permanent for another version."""
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._events.run())
+        until = time.monotonic() + self._daemon_seconds
+        while not self._events.connected.is_set():
+            try:
+                await self._pinned()
+            except Unavailable:
+                if time.monotonic() > until:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._events.connected.wait(), 1.0)
+            if time.monotonic() > until and not self._events.connected.is_set():
+                raise Unavailable(f"OpenCode at {self._client.base_url} sends no events")
+
+    async def _pinned(self) -> None:
+        found = await self._client.version()
+        if found != self._version:
+            raise Permanent(f"OpenCode at {self._client.base_url} is {found}, but {self._version} is pinned")
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Sessions that we could not end, and those that a killed worker left, once they are older than any turn."""
+        old = (time.time() - 2 * self._turn_seconds) * 1000
+        mine = {session.id for session in self._sessions.values()}
+        for one in await self._client.sessions():
+            ours = str(one.get("title", "")).startswith(TITLE) and one["id"] not in mine
+            if ours and (one["id"] in self._left or one["time"]["updated"] < old):
+                await self._client.abort(one["id"])
+                await self._client.delete(one["id"])
+        self._left.clear()
+
+    async def _end(self, session: str) -> None:
+        known = self._sessions.pop(session, None)
         if known is None:
             return
-        with contextlib.suppress(SisuError):
-            self._client.abort(known.id)
+        self._left.add(known.id)
+        if not self._events.connected.is_set():
+            return  # swept as soon as the daemon is there again
         try:
-            self._client.delete(known.id)
+            await self._client.abort(known.id)
+            await self._client.delete(known.id)
+            self._left.discard(known.id)
         except SisuError as e:
-            log.warning("opencode session not deleted", extra={"session": known.id, "error": str(e)})
+            log.warning("opencode_session_not_deleted", extra={"session": known.id, "error": str(e)})
 
-    def _session(self, request: TurnRequest) -> _Session:
+    async def _session(self, request: TurnRequest) -> _Session:
         """The daemon's session in which exactly request.history was said; a new one is told that history first."""
-        with self._lock:
-            known = self._sessions.get(request.session)
+        known = self._sessions.get(request.session)
         if known is not None and known.sent == request.history:
             return known
-        self.end_session(request.session)
-        session = _Session(self._client.create_session(title=request.agent, agent=request.agent))
-        with self._lock:
-            self._sessions[request.session] = session
+        await self._end(request.session)
+        session = _Session(await self._client.create_session(title=f"{TITLE} {request.agent}", agent=request.agent))
+        self._sessions[request.session] = session
         for text in request.history:
-            self._client.remind(session.id, agent=request.agent, text=text)
+            await self._client.remind(session.id, agent=request.agent, text=text)
         session.sent = request.history
         return session
 
-    def _reply(self, session: _Session, answer: Mapping[str, Any]) -> dict[str, Any]:
+    async def _reply(self, session: _Session, answer: Mapping[str, Any]) -> dict[str, Any]:
         info, parts = answer.get("info") or {}, answer.get("parts") or []
         structured = info.get("structured")
-        if structured is None:
-            _judge(info.get("error") or {}, info.get("finish"))
+        problem = turns.judge(info) if structured is None else None
         before = session.tokens_in, session.tokens_out
-        session.tokens_in, session.tokens_out = self._client.tokens(session.id)
+        session.tokens_in, session.tokens_out = await self._client.tokens(session.id)
         return {
             "structured": structured,
+            "problem": problem,
             "raw_text": "".join(part.get("text", "") for part in parts if part.get("type") == "text"),
             "tool_calls": tuple(_tool_call(part, structured) for part in parts if part.get("type") == "tool"),
             "tokens_in": session.tokens_in - before[0],
             "tokens_out": session.tokens_out - before[1],
         }
-
-
-def _judge(error: Mapping[str, Any], finish: str | None) -> None:
-    """Returns when the model did answer, only not as asked. Raises Unavailable or Permanent for every other failure."""
-    name = str(error.get("name", ""))
-    data = error.get("data") or {}
-    if name in _NO_ANSWER or (not name and finish is not None):
-        return
-    message = f"OpenCode: {name or 'the turn ended without a result'}: {str(data.get('message', ''))[:300]}"
-    if name in _TRY_AGAIN or not name or (name == "APIError" and data.get("isRetryable")):
-        raise Unavailable(message)
-    raise Permanent(message)
 
 
 def _tool_call(part: Mapping[str, Any], structured: Any) -> dict[str, Any]:

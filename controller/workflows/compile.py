@@ -6,8 +6,9 @@ The model has no tools: every byte it sees is in a prompt, every prompt is in th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from controller.core import prompt as prompts
 from controller.core.approval import PART_BYTES, TEXT_BYTES, tasks_text, text_bytes
 from controller.core.contract import CompileTurn, Need, PlanOutput
-from controller.core.errors import InvalidPlan, Permanent, WorkspaceRefused
+from controller.core.errors import ContextOverflow, InvalidPlan, Permanent, TurnStalled, WorkspaceRefused
 from controller.core.model import GitSource, TurnReply, TurnRequest
 from controller.core.prompt import Served
 from controller.core.visible import first_hidden
@@ -26,6 +27,8 @@ MAP_BYTES = 32 * 1024
 FILE_BYTES = 64 * 1024
 SEARCH_BYTES = 16 * 1024
 MAX_ERRORS = 10
+NARROWINGS = 2  # how often a prompt is made smaller after the model fell silent, or could not take it
+TOO_MUCH = (TurnStalled.__name__, ContextOverflow.__name__)
 SCHEMA = prompts.turn_schema()
 
 
@@ -40,6 +43,12 @@ class TurnLedger(Protocol):
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         """Record that no reply came. Never served as a hit."""
+
+    def tried(self, request: TurnRequest) -> str | None:
+        """The name of the error that an equal request ended in, if it has no reply."""
+
+    def spent(self) -> int:
+        """Tokens that all turns of the Intent took so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +90,16 @@ def compile_plan(
     talk = _Talk(brief, agent=agent, ledger=ledger, session=session, bounds=bounds)
     serve = _Serving(brief, workspace=workspace, left=bounds.served_bytes)
     try:
-        prompt, left = serve.first_prompt(), bounds.rounds
+        render: Render = serve.first_prompt
+        left = bounds.rounds
         while True:
-            turn = talk.ask(prompt)
+            turn = talk.ask(render)
             if turn.plan is not None:
                 return Compiled(plan=turn.plan, turns=talk.turns, tokens=talk.tokens)
             if left == 0:
                 raise InvalidPlan(f"the model asked to see more after {bounds.rounds} answers and gave no plan")
             left -= 1
-            prompt = serve.answer(turn.need or Need(), last=left == 0)
+            render = serve.answer(turn.need or Need(), last=left == 0)
     finally:
         agent.end_session(session)
 
@@ -118,6 +128,9 @@ def repair_plan(
     )
 
 
+Render = Callable[[int], str]  # a prompt, smaller for a higher number
+
+
 class _Talk:
     """One session: prompts go through the ledger, answers through the contract."""
 
@@ -125,26 +138,38 @@ class _Talk:
         self._brief, self._agent, self._ledger, self._session, self._bounds = brief, agent, ledger, session, bounds
         self._sent: tuple[str, ...] = ()
         self._corrections = bounds.corrections
+        self._scope = 0
         self.turns = 0
         self.tokens = 0
 
-    def ask(self, prompt: str) -> CompileTurn:
+    def ask(self, render: Render) -> CompileTurn:
         """One prompt, and again with the error quoted while the answer is invalid."""
         while True:
-            reply = self._turn(prompt)
+            reply = self._narrowing(render)
             try:
-                return validate(reply.structured, max_tasks=self._brief.max_tasks)
+                return validate(reply.structured, problem=reply.problem, max_tasks=self._brief.max_tasks)
             except InvalidPlan as e:
                 if self._corrections == 0:
                     raise InvalidPlan(f"after {self._bounds.corrections} corrections: {e}") from e
                 self._corrections -= 1
-                prompt = prompts.invalid_prompt(str(e))
+                text = prompts.invalid_prompt(str(e))
+                render = partial(_unchanged, text)
+
+    def _narrowing(self, render: Render) -> TurnReply:
+        """The prompt as large as the model gets through it. What was once too much is not tried again in this session."""
+        while True:
+            prompt = prompts.narrowed(render(self._scope), scope=self._scope)
+            try:
+                return self._turn(prompt)
+            except (TurnStalled, ContextOverflow) as e:
+                if self._scope == NARROWINGS:
+                    code = "oc_timeout_terminal" if isinstance(e, TurnStalled) else "oc_context_terminal"
+                    raise Permanent(
+                        f"{code}: no answer to {NARROWINGS + 1} prompts, each smaller than the one before; the last: {e}"
+                    ) from e
+                self._scope += 1
 
     def _turn(self, prompt: str) -> TurnReply:
-        if self.tokens >= self._bounds.max_tokens:
-            raise Permanent(
-                f"spec.limits.maxTokens: {self.tokens} of {self._bounds.max_tokens} are used and there is no plan yet"
-            )
         request = TurnRequest(
             session=self._session,
             agent=prompts.AGENT,
@@ -160,13 +185,22 @@ class _Talk:
         return reply
 
     def _call(self, request: TurnRequest) -> TurnReply:
+        if self._ledger.tried(request) in TOO_MUCH:
+            raise TurnStalled("the model did not get through this prompt before")
+        spent, most = self._ledger.spent(), self._bounds.max_tokens
+        if spent >= most:
+            raise Permanent(f"spec.limits.maxTokens: {spent} of {most} are used and there is no plan yet")
         try:
-            reply = self._agent.turn(request)
+            reply = self._agent.turn(replace(request, max_tokens=most - spent))
         except Exception as e:
             self._ledger.failed(request, e)
             raise
         self._ledger.put(request, reply)
         return reply
+
+
+def _unchanged(text: str, scope: int) -> str:
+    return text
 
 
 class _Serving:
@@ -175,11 +209,12 @@ class _Serving:
     def __init__(self, brief: Brief, *, workspace: Workspace, left: int) -> None:
         self._brief, self._workspace, self._left = brief, workspace, left
 
-    def first_prompt(self) -> str:
+    def first_prompt(self, scope: int) -> str:
+        """The intent, and as much of the repository map as the scope allows."""
         brief = self._brief
         files = None
         if brief.source is not None:
-            files = self._workspace.map(brief.source, brief.commit, max_bytes=MAP_BYTES)
+            files = self._workspace.map(brief.source, brief.commit, max_bytes=MAP_BYTES >> 2 * scope)
         return prompts.first_prompt(
             goal=brief.goal,
             inputs=brief.inputs,
@@ -188,16 +223,18 @@ class _Serving:
             feedback=brief.feedback,
         )
 
-    def answer(self, need: Need, *, last: bool) -> str:
-        """Everything that was asked for, in order, until the bytes are used up."""
-        served = [self._serve("file", path) for path in need.reads]
-        served += [self._serve("search", pattern) for pattern in need.searches]
-        return prompts.served_prompt(served, last=last)
+    def answer(self, need: Need, *, last: bool) -> Render:
+        """Everything that was asked for, in order, until the bytes are used up; of each as much as the scope allows."""
+        served = [self._serve("file", path, FILE_BYTES) for path in need.reads]
+        served += [self._serve("search", pattern, SEARCH_BYTES) for pattern in need.searches]
+        return lambda scope: prompts.served_prompt(
+            [prompts.shortened(one, max_bytes=FILE_BYTES >> 2 * scope) for one in served], last=last
+        )
 
-    def _serve(self, kind: str, name: str) -> Served:
+    def _serve(self, kind: str, name: str, most: int) -> Served:
         if self._left <= 0:
             return Served(kind=kind, name=name, refusal="no more bytes of this repository can be shown for this plan")
-        show, most = (self._workspace.read, FILE_BYTES) if kind == "file" else (self._workspace.search, SEARCH_BYTES)
+        show = self._workspace.read if kind == "file" else self._workspace.search
         try:
             text = show(self._brief.source, self._brief.commit, name, max_bytes=min(most, self._left))
         except WorkspaceRefused as e:
@@ -206,10 +243,10 @@ class _Serving:
         return Served(kind=kind, name=name, text=text)
 
 
-def validate(structured: Any, *, max_tasks: int) -> CompileTurn:
-    """The answer by its contract. Raises InvalidPlan whose message can be quoted to the model."""
+def validate(structured: Any, *, max_tasks: int, problem: str | None = None) -> CompileTurn:
+    """The answer by its contract; `problem` is why there is none. Raises InvalidPlan whose message can be quoted to the model."""
     if structured is None:
-        raise InvalidPlan("there was no structured answer; call StructuredOutput")
+        raise InvalidPlan(problem or "there was no structured answer; call StructuredOutput")
     if any("\0" in text or any("\ud800" <= c <= "\udfff" for c in text) for text in _texts(structured)):
         raise InvalidPlan(
             "the answer holds a NUL or half a surrogate pair, which no file, command or database can carry"

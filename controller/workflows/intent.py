@@ -6,11 +6,12 @@ No DBOS step: app.run_steps is the checkpoint (run_tracked_step), so a second on
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from dbos import DBOS
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from controller.core.errors import Permanent, Transient
+from controller.core.errors import Permanent, Transient, Unavailable
 from controller.core.phases import Stage, Status
 from controller.core.work import Context
 from controller.workflows import steps
@@ -18,6 +19,7 @@ from controller.workflows.parts import Parts, generation, parts
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 4
+LONGEST_WAIT_SECONDS = 120.0
 
 
 @DBOS.workflow(name="RunIntentWF", max_recovery_attempts=50)
@@ -42,8 +44,8 @@ def _plan(me: Parts, ctx: Context) -> bool:
     retry = Retrying(
         retry=retry_if_exception_type(Transient),
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential(multiplier=1, max=10),
-        sleep=me.clock.sleep,
+        wait=_pause,
+        sleep=partial(_wait, me, ctx),
         reraise=True,
     )
     try:
@@ -55,3 +57,19 @@ def _plan(me: Parts, ctx: Context) -> bool:
         log.warning("plan failed", extra={"intent": ctx.intent_name, "uid": ctx.intent_id, "error": str(e)})
         me.store.fail_plan(ctx, reason="PlanFailed", error=f"{type(e).__name__}: {e}")
         return False
+
+
+def _pause(state: RetryCallState) -> float:
+    """Seconds before the next try: what the other side asked for, within reason, else 1, 2, 4."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked = error.retry_after if isinstance(error, Unavailable) else 0.0
+    return max(min(asked, LONGEST_WAIT_SECONDS), float(wait_exponential(multiplier=1, max=10)(state)))
+
+
+def _wait(me: Parts, ctx: Context, seconds: float) -> None:
+    """Raises Permanent as soon as the run is canceled."""
+    until = me.clock.monotonic() + seconds
+    while (left := until - me.clock.monotonic()) > 0:
+        if ctx.run_id in me.canceled_runs():
+            raise Permanent("canceled before there was a plan")
+        me.clock.sleep(min(1.0, left))

@@ -5,19 +5,20 @@ What only a daemon can do wrong (prose, errors, silence) is tested on the daemon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 
 from controller.core import prompt as prompts
 from controller.core.errors import FixtureMissing, Permanent, Unavailable
 from controller.core.model import GitSource, TurnRequest
-from controller.oc import Daemon, LiveAgent, OpenCodeClient, RecordingAgent, ReplayAgent, fixture
+from controller.oc import Daemon, LiveAgent, RecordingAgent, ReplayAgent, fixture
 from controller.ports import AgentServer
 from controller.workflows.compile import SCHEMA, Bounds, Brief, compile_plan, validate
 from controller.workspace import GitWorkspace
@@ -40,7 +41,6 @@ EXTRA = (
     only("prose first", Answer(text="Here is my plan."), HELLO),
     only("wrong shape first", Answer(structured={"kind": "plan", "plan": {"summary": 7}}), HELLO),
     only("not allowed", Answer(status=401)),
-    only("silence", Answer(hang=60)),
 )
 
 
@@ -63,9 +63,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, model: ScriptedModel) -> It
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(daemon: Daemon) -> Iterator[OpenCodeClient]:
-    opened = OpenCodeClient(daemon.base_url, password=daemon.password)
+@contextlib.contextmanager
+def alive(daemon: Daemon, **settings: Any) -> Iterator[LiveAgent]:
+    """An agent on this daemon, closed afterwards."""
+    opened = LiveAgent(daemon.base_url, **{"password": daemon.password, "version": VERSION, **settings})
     yield opened
     opened.close()
 
@@ -74,12 +75,14 @@ def client(daemon: Daemon) -> Iterator[OpenCodeClient]:
 def agent(request: pytest.FixtureRequest) -> AgentServer:
     if request.param == "replay":
         return ReplayAgent(FIXTURES)
-    return LiveAgent(request.getfixturevalue("client"))
+    found: AgentServer = request.getfixturevalue("live")
+    return found
 
 
-@pytest.fixture
-def live(client: OpenCodeClient) -> LiveAgent:
-    return LiveAgent(client)
+@pytest.fixture(scope="module")
+def live(daemon: Daemon) -> Iterator[LiveAgent]:
+    with alive(daemon) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -240,30 +243,26 @@ def test_a_refused_key_is_permanent(live: LiveAgent) -> None:
         live.turn(opening("not allowed"))
 
 
-def test_a_silent_model_is_unavailable_at_the_deadline_and_its_session_is_gone(
-    client: OpenCodeClient, daemon: Daemon
-) -> None:
-    hasty = LiveAgent(client, turn_seconds=2.0)
-    with pytest.raises(Unavailable, match="no answer within 2 s"):
-        hasty.turn(opening("silence"))
-    busy = httpx.get(f"{daemon.base_url}/session/status", auth=("opencode", daemon.password), timeout=10)
-    assert busy.json() == {}
-    assert hasty.turn(opening("say hello")).structured
-
-
 def test_a_wrong_password_is_permanent_and_not_told(daemon: Daemon) -> None:
-    stranger = OpenCodeClient(daemon.base_url, password="not-the-password")
-    with pytest.raises(Permanent, match="401") as error:
-        LiveAgent(stranger).turn(opening("say hello"))
+    with alive(daemon, password="not-the-password") as stranger, pytest.raises(Permanent, match="401") as error:
+        stranger.turn(opening("say hello"))
     assert "not-the-password" not in str(error.value)
-    stranger.close()
 
 
 def test_a_daemon_that_is_gone_is_unavailable() -> None:
-    nobody = OpenCodeClient("http://127.0.0.1:9", password="x")
+    nobody = LiveAgent("http://127.0.0.1:9", password="x", version=VERSION, daemon_seconds=0.5)
     with pytest.raises(Unavailable):
-        LiveAgent(nobody).turn(opening("say hello"))
+        nobody.turn(opening("say hello"))
     nobody.close()
+
+
+def test_another_version_gets_no_prompt(daemon: Daemon, model: ScriptedModel) -> None:
+    before = len(model.requests)
+    with alive(daemon, version="0.0.1") as other:
+        for ask in (other.check, lambda: other.turn(opening("say hello"))):
+            with pytest.raises(Permanent, match=r"0\.0\.1 is pinned"):
+                ask()
+    assert len(model.requests) == before
 
 
 def test_another_version_is_refused(tmp_path: Path, daemon: Daemon) -> None:

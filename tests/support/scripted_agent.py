@@ -58,6 +58,15 @@ class MemoryLedger:
     def failed(self, request: TurnRequest, error: Exception) -> None:
         self.failures.append((request, error))
 
+    def tried(self, request: TurnRequest) -> str | None:
+        if _key(request) in self.replies:
+            return None
+        found = [type(error).__name__ for one, error in self.failures if _key(one) == _key(request)]
+        return found[-1] if found else None
+
+    def spent(self) -> int:
+        return sum(reply.tokens_in + reply.tokens_out for reply in self.replies.values())
+
 
 def _key(request: TurnRequest) -> str:
     return sha256_json([request.session, request.agent, request.prompt, request.commit, list(request.history)])
