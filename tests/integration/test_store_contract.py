@@ -714,9 +714,23 @@ def test_a_failed_turn_is_kept_and_never_served_until_it_succeeds(pg: InPostgres
     ledger.failed(turn(), SisuError("still down"))
     assert ledger.get(turn()) is None
     assert pg.one("SELECT error FROM app.opencode_calls WHERE run_id = %s", run.run_id) == "still down"
+    assert ledger.tried(turn()) == "SisuError" and ledger.tried(turn("q")) is None
     ledger.put(turn(), reply())
     ledger.failed(turn(), SisuError("late"))
-    assert ledger.get(turn()) == reply()
+    assert ledger.get(turn()) == reply() and ledger.tried(turn()) is None
+
+
+def test_what_was_wrong_with_an_answer_and_what_all_turns_took_is_kept(pg: InPostgres) -> None:
+    run = started(pg)
+    ctx = pg.ctx(run.intent_id)
+    ledger = PgTurnLedger(pg.pool, ctx)
+    assert ledger.spent() == 0
+    cut = replace(reply(), structured=None, problem="it was cut off")
+    ledger.put(turn(), cut)
+    ledger.failed(turn("q"), SisuError("down"))
+    assert ledger.get(turn()) == cut
+    PgTurnLedger(pg.pool, replace(ctx, plan_no=2)).put(turn(), reply(tokens=10))
+    assert ledger.spent() == 6 + 11, "of every plan of the Intent"
 
 
 def test_another_plan_generation_has_a_ledger_of_its_own(pg: InPostgres) -> None:

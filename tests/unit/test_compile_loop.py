@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from controller.core.errors import InvalidPlan, Permanent, Unavailable
+from controller.core.errors import ContextOverflow, InvalidPlan, Permanent, TurnStalled, Unavailable
 from controller.core.model import GitSource
 from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan, validate
 from tests.support.memory_workspace import MemoryWorkspace
@@ -209,3 +210,63 @@ def test_long_chains_of_tasks_are_checked_quickly() -> None:
     tasks: list[dict[str, Any]] = [{"id": "t0", "title": "t", "command": "true"}]
     tasks += [{"id": f"t{n}", "title": "t", "command": "true", "dependsOn": [f"t{n - 1}"]} for n in range(1, 5_000)]
     assert validate(plan(tasks=tasks), max_tasks=10_000).plan is not None
+
+
+# ------------------------------------------------------------------ less is asked for
+
+
+def large(*answers: Any) -> Case:
+    """A repository whose map and file are larger than a prompt takes."""
+    case = Case(*answers)
+    files = {f"src/{'m' * 40}{n:04d}.py": "" for n in range(1000)} | {"a.py": "x" * 100_000}
+    case.workspace = MemoryWorkspace(files=files)
+    case.brief = replace(case.brief, commit=case.workspace.resolve(SOURCE))
+    return case
+
+
+@pytest.mark.parametrize("error", [TurnStalled("silence"), ContextOverflow("too long")])
+def test_a_prompt_that_is_too_much_is_made_a_quarter_and_then_a_sixteenth(error: Exception) -> None:
+    case = large(error, error, need("a.py"), plan())
+    assert case.run().turns == 2
+    first, second, third, served = case.prompts
+    assert len(first) > 30_000 > 12_000 > len(second) > len(third)
+    assert "try 2" in second and "try 3" in third and "try 3" in served, "what was once too much is not tried again"
+    assert len(served) < 6000 and "[cut: " in served
+    assert [request.history for request in case.agent.requests] == [(), (), (), (third,)], (
+        "what was taken back is not said"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(TurnStalled("silence"), "oc_timeout_terminal"), (ContextOverflow("too long"), "oc_context_terminal")],
+)
+def test_three_prompts_and_no_more(error: Exception, code: str) -> None:
+    case = large(error, error, error, plan())
+    with pytest.raises(Permanent, match=rf"{code}: no answer to 3 prompts.*{error}"):
+        case.run()
+    assert len(case.prompts) == 3
+
+
+def test_what_was_too_much_before_a_crash_is_not_asked_again() -> None:
+    case = large(TurnStalled("silence"), Unavailable("the daemon is gone"), plan())
+    with pytest.raises(Unavailable):
+        case.run()
+    case.run()
+    first, second, third = case.prompts
+    assert second == third != first
+
+
+def test_the_reason_for_no_answer_is_told_to_the_model() -> None:
+    with pytest.raises(InvalidPlan, match="it was cut off"):
+        validate(None, problem="it was cut off", max_tasks=1)
+
+
+def test_the_budget_is_the_whole_intents_and_each_turn_is_told_what_is_left() -> None:
+    case = Case(need("a.py"), plan(), max_tokens=100)
+    case.run()
+    assert [request.max_tokens for request in case.agent.requests] == [100, 90]
+    again = Case(plan(), max_tokens=100)
+    again.ledger.replies |= {str(n): reply for n, reply in enumerate([*case.ledger.replies.values()] * 5)}
+    with pytest.raises(Permanent, match=r"spec\.limits\.maxTokens: 100 of 100"):
+        again.run()
