@@ -46,6 +46,11 @@ class LeaseStore(Protocol):
         """
 
 
+def never() -> bool:
+    """Not canceled."""
+    return False
+
+
 class AgentServer(Protocol):
     """OpenCode, or a recording of it. Never falls back to anything."""
 
@@ -53,8 +58,8 @@ class AgentServer(Protocol):
     def mode(self) -> str:
         """`live`, `record` or `replay`."""
 
-    def turn(self, request: TurnRequest) -> TurnReply:
-        """Send one prompt and wait for its answer.
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
+        """Send one prompt and wait for its answer. `canceled` is asked at least once a second and ends the turn with Permanent.
 
         Raises TurnStalled or ContextOverflow when less should be asked for, Unavailable when later, FixtureMissing or Permanent
         when asking again is no use.

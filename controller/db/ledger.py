@@ -7,6 +7,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from controller.core import storable
 from controller.core.digest import sha256_json
 from controller.core.errors import InvalidPlan
 from controller.core.model import TurnReply, TurnRequest
@@ -48,9 +49,9 @@ class PgTurnLedger:
         return 0 if row is None else int(row["tokens"])
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
-        if not _storable(reply.structured) or not _storable(reply.raw_text):
-            # jsonb holds neither NUL nor half a surrogate pair; the compile loop refuses such an answer right after this.
-            self.failed(request, InvalidPlan(f"the answer cannot be stored: {visible(reply.raw_text)[:2048]}"))
+        if (wrong := storable.problem([reply.structured, reply.raw_text, *reply.tool_calls])) is not None:
+            # The compile loop refuses such an answer right after this.
+            self.failed(request, InvalidPlan(f"{wrong}: {visible(reply.raw_text)[:2048]}"))
             return
         self._write(
             request,
@@ -98,11 +99,3 @@ class PgTurnLedger:
                 "prompts": sha256_json([request.agent, *request.history, request.prompt]),
             }
         )
-
-
-def _storable(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
-    if isinstance(value, Mapping):
-        return all(_storable(k) and _storable(v) for k, v in value.items())
-    return all(_storable(v) for v in value) if isinstance(value, list | tuple) else True

@@ -22,6 +22,7 @@ from controller.core.model import TurnReply, TurnRequest
 from controller.oc import turn as turns
 from controller.oc.client import OpenCodeClient
 from controller.oc.events import Events
+from controller.ports import never
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,12 +72,12 @@ class LiveAgent:
         self._reader: asyncio.Task[None] | None = None
         threading.Thread(target=self._loop.run_forever, name="opencode", daemon=True).start()
 
-    def turn(self, request: TurnRequest) -> TurnReply:
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
         """See ports.AgentServer."""
         began = time.monotonic()
         outcome = "ok"
         try:
-            return self._run(self._turn(request))
+            return self._run(self._turn(request, canceled))
         except SisuError as e:
             outcome = type(e).__name__
             raise
@@ -107,14 +108,15 @@ class LiveAgent:
         future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return future.result()
 
-    async def _turn(self, request: TurnRequest) -> TurnReply:
+    async def _turn(self, request: TurnRequest, canceled: Callable[[], bool]) -> TurnReply:
         queued = time.monotonic()
         async with self._slots:
             started = time.monotonic()
             await self._reachable()
             session = await self._session(request)
             ready = time.monotonic()
-            answer = await self._asked(session, request)
+            bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens, canceled=canceled)
+            answer = await self._asked(session, request, bounds)
             done = time.monotonic()
         timings = {
             "queued": _ms(started - queued),
@@ -124,12 +126,11 @@ class LiveAgent:
         }
         return TurnReply(**{**answer, "session": session.id, "timings": timings})
 
-    async def _asked(self, session: _Session, request: TurnRequest) -> dict[str, Any]:
+    async def _asked(self, session: _Session, request: TurnRequest, bounds: turns.Bounds) -> dict[str, Any]:
         """One prompt in this session. After an error the session, which may hold half a turn, is given up."""
         session.prompts += 1
         message = f"msg_{hashlib.sha256(f'{session.id}/{session.prompts}'.encode()).hexdigest()[:24]}"
         progress = self._events.watch(session.id)
-        bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens)
         try:
             answer = await turns.ask(
                 self._client, progress, session.id, message=message, request=request, bounds=bounds

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import fixture
-from controller.ports import AgentServer
+from controller.ports import AgentServer, never
 
 
 class RecordingAgent:
@@ -17,9 +18,9 @@ class RecordingAgent:
     def __init__(self, agent: AgentServer, *, directory: Path, opencode: str, model: str) -> None:
         self._agent, self._directory, self._opencode, self._model = agent, directory, opencode, model
 
-    def turn(self, request: TurnRequest) -> TurnReply:
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
         """See ports.AgentServer."""
-        reply = self._agent.turn(request)
+        reply = self._agent.turn(request, canceled=canceled)
         fixture.write(self._directory, request, reply, opencode=self._opencode, model=self._model)
         return reply
 

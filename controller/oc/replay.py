@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import fixture
+from controller.ports import never
 
 
 class ReplayAgent:
@@ -18,7 +20,7 @@ class ReplayAgent:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def turn(self, request: TurnRequest) -> TurnReply:
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
         """See ports.AgentServer. Raises FixtureMissing for a turn that was not recorded."""
         started = time.monotonic()
         reply = fixture.read(self._directory, request)

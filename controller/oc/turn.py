@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,11 @@ _TRY_AGAIN = frozenset({"MessageAbortedError", "UnknownError"})
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Of one turn. `tokens` None: as many as it takes."""
+    """Of one turn. `tokens` None: as many as it takes. `canceled` is asked once a second."""
 
     seconds: float
     tokens: int | None
+    canceled: Callable[[], bool]
 
 
 async def ask(
@@ -68,9 +69,8 @@ async def _watched(post: asyncio.Task[dict[str, Any]], progress: Progress, bound
     while True:
         changed = asyncio.create_task(progress.changed.wait())
         try:
-            await asyncio.wait(
-                {post, changed}, timeout=max(0.0, until - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
-            )
+            timeout = min(1.0, max(0.0, until - time.monotonic()))
+            await asyncio.wait({post, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
         progress.changed.clear()
@@ -86,6 +86,8 @@ def ended(progress: Progress, *, now: float, late: bool, bounds: Bounds, done: b
         return Permanent(f"the model called the tool {progress.foreign[0][:60]!r}, but its agent has none")
     if done:
         return None
+    if bounds.canceled():
+        return Permanent("canceled before there was a plan")
     if progress.lost is not None:
         return Unavailable(f"OpenCode went away during the turn: {progress.lost}")
     if bounds.tokens is not None and progress.tokens > bounds.tokens:

@@ -6,7 +6,7 @@ The model has no tools: every byte it sees is in a prompt, every prompt is in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from controller.core import prompt as prompts
+from controller.core import storable
 from controller.core.approval import PART_BYTES, TEXT_BYTES, tasks_text, text_bytes
 from controller.core.contract import CompileTurn, Need, PlanOutput
 from controller.core.errors import ContextOverflow, InvalidPlan, Permanent, TurnStalled, WorkspaceRefused
@@ -247,36 +248,21 @@ def validate(structured: Any, *, max_tasks: int, problem: str | None = None) -> 
     """The answer by its contract; `problem` is why there is none. Raises InvalidPlan whose message can be quoted to the model."""
     if structured is None:
         raise InvalidPlan(problem or "there was no structured answer; call StructuredOutput")
-    if any("\0" in text or any("\ud800" <= c <= "\udfff" for c in text) for text in _texts(structured)):
-        raise InvalidPlan(
-            "the answer holds a NUL or half a surrogate pair, which no file, command or database can carry"
-        )
+    if (found := storable.problem(structured)) is not None:
+        raise InvalidPlan(found)
     try:
         turn = CompileTurn.model_validate_json(json.dumps(structured), strict=True)
     except ValidationError as e:
-        found = e.errors(include_url=False, include_context=False, include_input=False)
-        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:MAX_ERRORS]]
-        raise InvalidPlan(
-            "\n".join((*lines, *([f"and {len(found) - MAX_ERRORS} more"] if len(found) > MAX_ERRORS else [])))
-        ) from e
+        errors = e.errors(include_url=False, include_context=False, include_input=False)
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors[:MAX_ERRORS]]
+        more = [f"and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
+        raise InvalidPlan("\n".join((*lines, *more))) from e
     if (turn.kind == "plan") != (turn.plan is not None) or (turn.kind == "need") != (turn.need is not None):
         raise InvalidPlan(f"kind {turn.kind!r} goes with {turn.kind!r} and nothing else")
     if turn.plan is not None:
         _check_tasks(turn.plan, max_tasks=max_tasks)
         _check_shown(turn.plan)
     return turn
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def _check_shown(plan: PlanOutput) -> None:

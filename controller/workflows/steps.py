@@ -15,10 +15,11 @@ from controller.core import digest as digests
 from controller.core.approval import PART_BYTES
 from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidPlan
-from controller.core.model import Artifact, GitSource, Patch
+from controller.core.model import Artifact, GitSource, Patch, TurnReply, TurnRequest
 from controller.core.prompt import PROMPT_VERSION
 from controller.core.visible import visible
 from controller.core.work import Context
+from controller.ports import never
 from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
 from controller.workflows.parts import Parts
 
@@ -62,7 +63,7 @@ def compile_st(me: Parts, ctx: Context, known: Outputs) -> Mapping[str, Any]:
         me.store.put_blob(snapshot.archive)
         compiled = compile_plan(
             brief(ctx, commit),
-            agent=me.agent,
+            agent=_Canceling(me, ctx),
             workspace=me.workspace,
             ledger=me.ledger(ctx),
             session=session(ctx, "compile"),
@@ -112,13 +113,26 @@ def _patched(me: Parts, ctx: Context, commit: str, plan: PlanOutput) -> tuple[Pl
             brief(ctx, commit),
             failed=plan,
             error=str(e),
-            agent=me.agent,
+            agent=_Canceling(me, ctx),
             workspace=me.workspace,
             ledger=me.ledger(ctx),
             session=session(ctx, "repair"),
             bounds=Bounds(max_tokens=ctx.settings.max_tokens),
         )
         return again.plan, me.workspace.diff(source, commit, again.plan.edits)
+
+
+class _Canceling:
+    """The AgentServer for one run: its turns end when the run is canceled."""
+
+    def __init__(self, me: Parts, ctx: Context) -> None:
+        self._me, self._ctx = me, ctx
+        self.mode = me.agent.mode
+        self.end_session = me.agent.end_session
+
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
+        """See ports.AgentServer."""
+        return self._me.agent.turn(request, canceled=lambda: canceled() or self._ctx.run_id in self._me.canceled_runs())
 
 
 def decide_st(me: Parts, ctx: Context, known: Outputs, compiled: Mapping[str, Any], patched: Mapping[str, Any]) -> bool:

@@ -20,11 +20,12 @@ from typing import Any
 import httpx
 import pytest
 
+from controller.core import prompt as prompts
 from controller.core.errors import InvalidPlan, Permanent, SisuError, Unavailable
-from controller.core.model import GitSource
+from controller.core.model import GitSource, TurnRequest
 from controller.oc import Daemon, LiveAgent
 from controller.oc.daemon import STALL_MS as PRODUCT_STALL_MS
-from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
+from controller.workflows.compile import SCHEMA, Bounds, Brief, Compiled, compile_plan, repair_plan
 from controller.workspace import GitWorkspace
 from devcluster.gitserver import GitServer
 from opencode.install import CONFIG, VERSION, InstallError, ensure
@@ -83,6 +84,7 @@ SCRIPTS: dict[str, Sequence[Answer]] = {
     "what is not there": [needs("../../etc/passwd", "/etc/passwd", "link", "dir/../README.md"), HELLO],
     "hostile repository": [needs("AGENTS.md", "opencode.json", ".opencode/agent/compile.md"), HELLO],
     "edits that do not apply": [edit("# not in the file\n")],
+    "canceled": [well(structured=HELLO.structured, piece=1, pause=0.4)],
     "two rounds": [Answer(structured=NEED), well(silent=30.0)],
     "wedged": [Answer(structured=NEED), well(silent=60.0)],
 }
@@ -235,6 +237,18 @@ def test_what_stalled_before_a_crash_is_not_tried_again(talk: Talk, hostile: tup
     assert talk.calls == []
 
 
+def test_a_canceled_turn_ends_at_once_and_leaves_nothing(
+    agent: LiveAgent, model: ScriptedModel, daemon: Daemon
+) -> None:
+    text = prompts.first_prompt(goal="canceled", inputs={}, constraints={}, repository_map=None)
+    request = TurnRequest(session="s", agent=prompts.AGENT, schema=SCHEMA, prompt=text, commit="c" * 40)
+    before, began = len(model.requests), time.monotonic()
+    with pytest.raises(Permanent, match="canceled"):
+        agent.turn(request, canceled=lambda: len(model.requests) > before)
+    assert time.monotonic() - began < 3
+    nothing_left(daemon)
+
+
 # ------------------------------------------------------------------ the provider
 
 
@@ -328,6 +342,23 @@ def test_a_repository_configures_nothing(talk: Talk, hostile: tuple[GitWorkspace
         assert not any("PLANTED" in text for text in system)
     assert "PLANTED" not in shown(talk.calls[0])
     assert shown(talk.calls[-1]).count("PLANTED-AGENTS") == 1, "as data between borders, because it was asked for"
+
+
+def test_the_daemons_own_folder_configures_nothing(tmp_path: Path, daemon: Daemon, model: ScriptedModel) -> None:
+    """Should anything ever get there: it is the folder that OpenCode takes for a project."""
+    empty = tmp_path / "d" / "empty"
+    (empty / ".opencode/agent").mkdir(parents=True)
+    (empty / "AGENTS.md").write_text("PLANTED-AGENTS\n")
+    (empty / "opencode.json").write_text(
+        '{"agent": {"compile": {"prompt": "PLANTED-CONFIG", "permission": {"bash": "allow"}}}}'
+    )
+    with own_daemon(tmp_path, model) as mine:
+        agent = LiveAgent(mine.base_url, password=mine.password, version=VERSION)
+        talk = Talk(agent, model)
+        talk.compile("say hello", (GitWorkspace(tmp_path / "git"), None))
+        agent.close()
+    assert [tool["function"]["name"] for tool in talk.calls[0]["tools"]] == ["StructuredOutput"]
+    assert "PLANTED" not in shown(talk.calls[0])
 
 
 def test_edits_that_do_not_apply_are_asked_for_once_more(talk: Talk, hostile: tuple[GitWorkspace, GitSource]) -> None:

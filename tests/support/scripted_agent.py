@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from controller.core.digest import sha256_json
 from controller.core.errors import FixtureMissing
 from controller.core.model import TurnReply, TurnRequest
+from controller.ports import never
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,7 @@ class ScriptedAgent:
     ended: list[str] = field(default_factory=list)
     mode: str = "replay"
 
-    def turn(self, request: TurnRequest) -> TurnReply:
+    def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
         self.requests.append(request)
         if len(self.requests) > len(self.answers):
             raise FixtureMissing(f"the script has {len(self.answers)} answers only")
