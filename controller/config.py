@@ -61,6 +61,21 @@ class Settings(BaseModel):
     sbx_start_log: Path | None = Field(
         None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
     )
+    sbx_creates_per_second: float | None = Field(
+        None,
+        alias="SBX_CREATES_PER_SECOND",
+        ge=0,
+        le=1000,
+        description="of all workers; 0 for no limit; e2b: 5, others: 0",
+    )
+    sbx_max_concurrent: int | None = Field(
+        None,
+        alias="SBX_MAX_CONCURRENT",
+        ge=0,
+        le=100_000,
+        description="of all workers; 0 for no limit; e2b: 100, others: 0",
+    )
+    orphan_grace_seconds: float = Field(60.0, alias="SBX_ORPHAN_GRACE_SECONDS", ge=1, le=86_400)
     workspace_root: Path = Field(
         Path("/var/lib/sisu-kodo/git"), alias="WORKSPACE_ROOT", description="cache of bare clones"
     )

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from controller import metrics
 from controller.config import ConfigError, Settings
 from controller.core.errors import Permanent
+from controller.db.admission import PgAdmission
 from controller.db.lease import PgLeaseStore
 from controller.db.ledger import PgTurnLedger
 from controller.db.pool import Pool, open_pool
@@ -31,6 +32,7 @@ from controller.oc.replay import ReplayAgent
 from controller.ports import AgentServer, SandboxProvider
 from controller.roles.adapters import Adapters, WorkerAdapters
 from controller.roles.control import Controller
+from controller.roles.opening import Opening
 from controller.roles.worker import DRAIN_SECONDS, Worker
 from controller.sbx import templates
 from controller.sbx.local import LocalProvider
@@ -39,6 +41,7 @@ from controller.workspace.workspace import GitWorkspace
 
 log = logging.getLogger(__name__)
 RECURSION_LIMIT = 30_000
+DEFAULT_LIMITS = {"e2b": (5.0, 100)}  # sandboxes per second, and at once: E2B's Pro tier, shared by all workers
 
 
 class SystemClock:
@@ -70,13 +73,21 @@ def _worker(settings: Settings, pool: Pool) -> WorkerAdapters:
         pool = open_pool(settings.database_url_worker, size=16, name="sisu-kodo-worker")
     # Never reused: two incarnations under one executor id would take each other's work for their own.
     executor = f"{settings.pod_name}-{secrets.token_hex(4)}"
+    sandboxes = _sandboxes(settings)
+    rate, most = DEFAULT_LIMITS.get(sandboxes.name, (0.0, 0))
     return WorkerAdapters(
         executor=executor,
         agent=_agent(settings),
         workspace=GitWorkspace(
             settings.workspace_root, allow_loopback_http=settings.workspace_loopback_http, environ=settings.git_environ
         ),
-        sandboxes=_sandboxes(settings),
+        sandboxes=sandboxes,
+        admission=PgAdmission(
+            pool=pool,
+            provider=sandboxes.name,
+            per_second=rate if settings.sbx_creates_per_second is None else settings.sbx_creates_per_second,
+            concurrent=most if settings.sbx_max_concurrent is None else settings.sbx_max_concurrent,
+        ),
         store=PgWorkStore(pool, app_version=settings.app_version, executor=executor),
         leases=PgLeaseStore(pool, app_version=settings.app_version),
         ledger=lambda ctx: PgTurnLedger(pool, ctx),
@@ -139,13 +150,13 @@ def run(settings: Settings, *, role: str, adapters: Adapters | None = None) -> i
     adapters = adapters or build(settings, role=role)
     pool = adapters.pool
     metrics.BUILD_INFO.labels(product_version(), settings.app_version, role).set(1)
-    worker = controller = None
-    if adapters.worker is not None:
-        worker = Worker(settings, adapters.worker, clock=adapters.clock, store_id=adapters.runs.store_id())
+    worker = None if adapters.worker is None else _opening(settings, adapters, adapters.worker)
+    controller = None
+    if worker is not None:
         worker.start()
     if role in ("all", "controller"):
         controller = Controller(settings, adapters)
-    admin = _admin(settings, controller, pool)
+    admin = _admin(settings, controller, worker, pool)
     admin.start()
     if settings.admin_port_file is not None:
         settings.admin_port_file.write_text(f"{admin.port}\n")
@@ -170,7 +181,14 @@ def run(settings: Settings, *, role: str, adapters: Adapters | None = None) -> i
     os._exit(0)  # threads of libraries that do not end by themselves must not keep the process
 
 
-def _admin(settings: Settings, controller: Controller | None, pool: Pool) -> health.AdminServer:
+def _opening(settings: Settings, adapters: Adapters, own: WorkerAdapters) -> Opening:
+    def make() -> Worker:
+        return Worker(settings, own, clock=adapters.clock, store_id=adapters.runs.store_id())
+
+    return Opening(adapters.pool, make)
+
+
+def _admin(settings: Settings, controller: Controller | None, worker: Opening | None, pool: Pool) -> health.AdminServer:
     def database() -> str | None:
         try:
             with pool.connection(timeout=2) as c:
@@ -181,6 +199,8 @@ def _admin(settings: Settings, controller: Controller | None, pool: Pool) -> hea
 
     ready = {"database": database}
     alive = {}
+    if worker is not None:
+        ready["opened"] = worker.ready
     if controller is not None:
         alive["watch"] = controller.alive
         ready["listed"] = controller.ready

@@ -42,6 +42,8 @@ RESYNC_SECONDS = Histogram(
 FENCE_REJECTIONS = Counter(
     "sisukodo_fence_rejections_total", "Outcomes refused because a newer attempt owned the task."
 )
+SANDBOXES = Gauge("sisukodo_sandboxes", "Sandboxes of this store that the provider has.", ["provider", "state"])
+ORPHANS = Counter("sisukodo_sandbox_orphans_reaped_total", "Sandboxes killed because nobody waited for them.")
 BUILD_INFO = Gauge("sisukodo_build_info", "Always 1; the labels say what runs.", ["version", "app_version", "role"])
 
 

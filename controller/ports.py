@@ -45,6 +45,9 @@ class LeaseStore(Protocol):
         One sweeper at a time. Returns what it had to do, by kind; empty when another process is sweeping.
         """
 
+    def live_attempts(self, fences: Sequence[int]) -> frozenset[int]:
+        """Those of them whose attempt has not ended and whose executor lives."""
+
 
 def never() -> bool:
     """Not canceled."""
@@ -92,6 +95,13 @@ class Workspace(Protocol):
 
     def diff(self, source: GitSource | None, commit: str, edits: Sequence[Edit]) -> Patch:
         """The edits as a diff made by git, checked to apply to the commit. Raises InvalidPlan or WorkspaceRefused naming the edit."""
+
+
+class Admission(Protocol):
+    """What a sandbox provider lets us do at once. Asked before each create, by all workers."""
+
+    def wait(self, fence: int) -> float:
+        """Seconds until this attempt may ask again; 0: it may create its sandbox now, and counts until it has ended."""
 
 
 class SandboxProvider(Protocol):

@@ -116,9 +116,15 @@ CREATE TABLE app.sbx_attempts (         -- law 9: one row per intention to creat
   run_id text NOT NULL, task_key text NOT NULL, attempt int NOT NULL,
   state text NOT NULL CHECK (state IN ('created','done','unknown')),
   executor text NOT NULL,
+  admitted_by text,                     -- the provider whose limits let it in; NULL: not yet, or the provider has none
   created_at timestamptz NOT NULL DEFAULT clock_timestamp(), ended_at timestamptz,
   UNIQUE (task_key, attempt)
 ) WITH (fillfactor = 70);
+CREATE INDEX sbx_attempts_admitted ON app.sbx_attempts (admitted_by) WHERE state = 'created' AND admitted_by IS NOT NULL;
+
+CREATE TABLE app.sandbox_buckets (      -- creates per second of a provider, shared by all workers
+  provider text PRIMARY KEY, tokens double precision NOT NULL, refilled_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
 
 CREATE TABLE app.mock_receipts (        -- the oracle of the source documents: seen_count > 1 is an effect that counted twice
   receipt_key text PRIMARY KEY, run_id text NOT NULL, seen_count int NOT NULL DEFAULT 1,
@@ -295,4 +301,30 @@ BEGIN
     END IF;
   END IF;
   RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::int, NULL::bigint, NULL::jsonb;
+END $$;
+
+-- Seconds to wait before this attempt may create a sandbox; 0: it may, now. All workers take turns on the provider's row. A sandbox
+-- counts until its attempt has ended, or until its executor is dead; nothing has to be given back.
+CREATE FUNCTION app.admit_sandbox(p_provider text, p_fence bigint, p_per_second double precision, p_concurrent int)
+RETURNS double precision LANGUAGE plpgsql AS $$
+DECLARE v app.sandbox_buckets; v_burst double precision := greatest(1, p_per_second); v_now timestamptz;
+BEGIN
+  INSERT INTO app.sandbox_buckets (provider, tokens) VALUES (p_provider, v_burst) ON CONFLICT DO NOTHING;
+  SELECT * INTO v FROM app.sandbox_buckets WHERE provider = p_provider FOR UPDATE;
+  v_now := clock_timestamp();
+  IF p_concurrent > 0 AND (
+       SELECT count(*) FROM app.sbx_attempts a
+        WHERE a.admitted_by = p_provider AND a.state = 'created'
+          AND EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = a.executor AND l.expires_at > v_now)) >= p_concurrent THEN
+    RETURN 1;
+  END IF;
+  IF p_per_second > 0 THEN
+    v.tokens := least(v_burst, v.tokens + p_per_second * extract(epoch FROM v_now - v.refilled_at));
+    IF v.tokens < 1 THEN
+      RETURN (1 - v.tokens) / p_per_second;
+    END IF;
+    UPDATE app.sandbox_buckets SET tokens = v.tokens - 1, refilled_at = v_now WHERE provider = p_provider;
+  END IF;
+  UPDATE app.sbx_attempts SET admitted_by = p_provider WHERE fence = p_fence AND state = 'created';
+  RETURN 0;
 END $$;

@@ -21,8 +21,9 @@ BEGIN
   END LOOP;
 END $$;
 GRANT INSERT ON app.intents, app.plan_approvals TO sisukodo_controller;   -- append-only
-GRANT INSERT, UPDATE ON app.run_steps, app.opencode_calls, app.sbx_runs, app.sbx_attempts, app.mock_receipts, app.blobs, app.artifacts, app.chunks
-  TO sisukodo_worker;
+GRANT INSERT, UPDATE ON app.run_steps, app.opencode_calls, app.sbx_runs, app.sbx_attempts, app.mock_receipts, app.blobs, app.artifacts, app.chunks,
+  app.sandbox_buckets TO sisukodo_worker;
 GRANT UPDATE ON app.sbx_runs TO sisukodo_controller;       -- a cancel takes queued tasks off
+GRANT UPDATE ON app.store, app.sbx_attempts TO sisukodo_controller;  -- marks, and what a restored backup was in the middle of
 GRANT DELETE ON ALL TABLES IN SCHEMA dbos TO sisukodo_worker;
 GRANT DELETE ON app.executor_leases TO sisukodo_worker;

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import psycopg
 from psycopg.rows import DictRow
 
-from controller.db.pool import SQL, Pool, change, transaction
+from controller.db.pool import SQL, Pool, change, rows, transaction
 
 
 class PgLeaseStore:
@@ -34,6 +34,10 @@ class PgLeaseStore:
             return self._repair()
 
         return transaction(self._pool, body)
+
+    def live_attempts(self, fences: Sequence[int]) -> frozenset[int]:
+        found = rows(self._pool, "live_attempts", fences=list(fences))
+        return frozenset(int(row["fence"]) for row in found)
 
     def _repair(self) -> Mapping[str, int]:
         did = {"coordinators": 0, "tasks": 0, "topped_up": 0, "closed": 0, "canceled": 0}

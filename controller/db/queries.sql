@@ -3,6 +3,38 @@
 -- name: store_id
 SELECT id FROM app.store
 
+-- name: store_mark
+SELECT id, mark FROM app.store
+
+-- name: beat_store
+UPDATE app.store SET mark = mark + 1 RETURNING id, mark
+
+-- name: store_compared
+UPDATE app.store SET compared_at = clock_timestamp() WHERE id = %(id)s
+
+-- name: database_clock
+SELECT clock_timestamp() AS now
+
+-- name: compared_since
+SELECT 1 AS yes FROM app.store WHERE compared_at > %(since)s
+
+-- name: rename_store
+UPDATE app.store SET id = gen_random_uuid()::text, compared_at = NULL WHERE id = %(id)s RETURNING id
+
+-- name: refuse_executions
+-- Whatever an older copy was in the middle of: how far it came afterwards, nobody can tell from here.
+WITH refused AS (
+  UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
+         finished_at = clock_timestamp(), closed = closed + 1
+   WHERE status = ANY(%(sources)s) AND stage = 'execute' RETURNING id
+), tasks AS (
+  UPDATE app.sbx_runs t SET status = 'failed', err_code = 'LOST', finished_at = clock_timestamp()
+    FROM refused WHERE t.run_id = refused.id AND t.status IN ('queued','running')
+), journal AS (
+  UPDATE app.sbx_attempts a SET state = 'unknown', ended_at = clock_timestamp() FROM refused WHERE a.run_id = refused.id AND a.state = 'created'
+)
+SELECT id FROM refused
+
 -- name: run
 -- One run with its task counts and first failures: all that reconcile looks at, in one round trip.
 SELECT r.*, i.requested_by, i.namespace, i.name AS intent_name,
@@ -242,6 +274,15 @@ WITH run AS (
 SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.try_no, task.fence, task.request,
        (SELECT jsonb_agg(jsonb_build_array(fence, attempt)) FROM superseded) AS superseded
   FROM run CROSS JOIN leased LEFT JOIN task ON true
+
+-- name: admit_sandbox
+SELECT app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) AS seconds
+
+-- name: live_attempts
+-- Of these fences: those whose attempt has not ended and whose executor lives.
+SELECT a.fence FROM app.sbx_attempts a
+ WHERE a.fence = ANY(%(fences)s) AND a.state = 'created'
+   AND EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = a.executor AND l.expires_at > clock_timestamp())
 
 -- name: record_outcome
 SELECT * FROM app.record_outcome(%(run_id)s, %(task_key)s, %(fence)s, %(status)s, %(err_code)s, %(provider)s, %(response)s, %(metrics)s,

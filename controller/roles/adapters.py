@@ -10,7 +10,7 @@ from kubernetes.aio.client import ApiClient
 from controller.core.work import Context
 from controller.db.pool import Pool
 from controller.kube.client import KubeCluster
-from controller.ports import AgentServer, Clock, LeaseStore, RunStore, SandboxProvider, Workspace, WorkStore
+from controller.ports import Admission, AgentServer, Clock, LeaseStore, RunStore, SandboxProvider, Workspace, WorkStore
 from controller.workflows.compile import TurnLedger
 
 
@@ -22,6 +22,7 @@ class WorkerAdapters:
     agent: AgentServer
     workspace: Workspace
     sandboxes: SandboxProvider
+    admission: Admission
     store: WorkStore
     leases: LeaseStore
     ledger: Callable[[Context], TurnLedger]

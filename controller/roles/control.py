@@ -8,19 +8,21 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from kubernetes.aio.client import ApiClient
 from prometheus_client import Gauge
 
 from controller import metrics
 from controller.config import Settings
 from controller.core.errors import Unavailable
 from controller.core.phases import Status
-from controller.db import gauges
+from controller.db import gauges, marks
 from controller.db.notify import Listener
 from controller.kube import client as kube
 from controller.kube.cache import Cache
 from controller.kube.crd import GROUP
 from controller.kube.gate import IdentityGate
 from controller.kube.lease import lead, release
+from controller.kube.marks import Marks
 from controller.kube.operator import Operator
 from controller.kube.policy import Policies
 from controller.kube.reconcile import Reconciler
@@ -30,6 +32,7 @@ from controller.roles.fence import fence_off
 
 log = logging.getLogger(__name__)
 MISSING_SECONDS = 2.0
+BEAT_SECONDS = 5.0
 
 
 class Controller:
@@ -47,7 +50,10 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
         api = await kube.connect(self._settings.kubeconfig)
+        beating: asyncio.Task[None] | None = None
         try:
+            await self._compare(api)
+            beating = asyncio.create_task(self._beat(api))
             leader = asyncio.create_task(
                 lead(
                     api,
@@ -65,7 +71,46 @@ class Controller:
             await asyncio.gather(leader, return_exceptions=True)
             await release(api, namespace=self._settings.namespace, identity=self._settings.pod_name)
         finally:
+            if beating is not None:
+                beating.cancel()
             await api.close()  # type: ignore[no-untyped-call]
+
+    async def _compare(self, api: ApiClient) -> None:
+        """Before anything is executed: an older copy of the database becomes another store, whose Intents wait for people (law 10)."""
+        outside = Marks(api, namespace=self._settings.namespace)
+        while True:
+            try:
+                await self._one_beat(outside)
+            except Unavailable as e:
+                log.warning("store not compared", extra={"error": str(e)})
+                await asyncio.sleep(MISSING_SECONDS)
+            else:
+                return
+
+    async def _one_beat(self, outside: Marks) -> bool:
+        """Whether this was an older copy. Outside is read first and written last: it is never ahead but of an older copy."""
+        known = await outside.read()
+        store_id, mark = await asyncio.to_thread(marks.read, self._pool)
+        behind = known.get(store_id, 0) > mark
+        if behind:
+            refused = await asyncio.to_thread(marks.another, self._pool, store_id)
+            log.critical(
+                "store is behind", extra={"store": store_id, "mark": mark, "seen": known[store_id], "refused": refused}
+            )
+        store_id, mark = await asyncio.to_thread(marks.beat, self._pool)
+        await outside.write(known, store_id, mark)
+        await asyncio.to_thread(marks.compared, self._pool, store_id)
+        return behind
+
+    async def _beat(self, api: ApiClient) -> None:
+        outside = Marks(api, namespace=self._settings.namespace)
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                if await self._one_beat(outside):
+                    fence_off("the database went back under us")
+            except Unavailable as e:
+                log.warning("store not compared", extra={"error": str(e)})
 
     async def _lost(self) -> None:
         fence_off("the leader lease was lost")

@@ -37,6 +37,19 @@ class Worker:
         self._sweeper = recovery.sweeper(adapters.leases, seconds=settings.lease_ttl_seconds / 3)
         provider = adapters.sandboxes.name
 
+        def count(live: int, killed: int) -> None:
+            metrics.SANDBOXES.labels(provider, "live").set(live)
+            metrics.ORPHANS.inc(killed)
+
+        self._reaper = recovery.Reaper(
+            adapters.sandboxes,
+            adapters.leases,
+            store_id=store_id,
+            clock=clock,
+            grace=settings.orphan_grace_seconds,
+            observe=count,
+        )
+
         def observe(what: str, outcome: str, seconds: float) -> None:
             if what == "fence_rejected":
                 metrics.FENCE_REJECTIONS.inc()
@@ -53,6 +66,7 @@ class Worker:
                 agent=adapters.agent,
                 workspace=adapters.workspace,
                 sandboxes=adapters.sandboxes,
+                admission=adapters.admission,
                 clock=clock,
                 canceled_runs=self._cancel.runs,
                 blob=cachetools.cached(cachetools.LRUCache(BLOB_CACHE_BYTES, getsizeof=len), lock=threading.Lock())(
@@ -78,9 +92,11 @@ class Worker:
         )
         self._cancel.loop.start()
         self._sweeper.start()
+        self._reaper.loop.start()
 
     def stop(self) -> None:
         """What still runs afterwards is taken over by a peer or the next start."""
+        self._reaper.loop.stop()
         self._sweeper.stop()
         self._cancel.loop.stop()
         engine.stop(seconds=DRAIN_SECONDS)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from controller.core.work import Context
-from controller.ports import AgentServer, Clock, SandboxProvider, Workspace, WorkStore
+from controller.ports import Admission, AgentServer, Clock, SandboxProvider, Workspace, WorkStore
 from controller.workflows.compile import TurnLedger
 
 
@@ -24,6 +24,7 @@ class Parts:
     agent: AgentServer
     workspace: Workspace
     sandboxes: SandboxProvider
+    admission: Admission
     clock: Clock
     canceled_runs: Callable[[], frozenset[str]]
     blob: Callable[[str], bytes]

@@ -1,4 +1,5 @@
-"""Staying alive and burying the dead: the executor's lease, the sweeper, and the list of runs being canceled. Three loops, one thread each.
+"""Staying alive and burying the dead: the executor's lease, the sweeper, the reaper of orphaned sandboxes, and the list of runs
+being canceled. One loop and one thread each.
 
 A process that cannot renew its lease for its whole length ends at once: somebody else may already be doing its work.
 """
@@ -9,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from controller.ports import Clock, LeaseStore, WorkStore
+from controller.ports import Clock, LeaseStore, SandboxProvider, WorkStore
 from controller.workflows import engine
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,40 @@ def sweeper(store: LeaseStore, *, seconds: float) -> Loop:
             log.warning("repaired", extra=dict(did))
 
     return Loop("sweeper", tick, seconds=seconds)
+
+
+class Reaper:
+    """Kills sandboxes that nobody waits for: ours by mark and store id, and without a live attempt for a whole grace period.
+
+    The period is measured here, from when one was first seen so: no clock of a provider is believed.
+    """
+
+    def __init__(
+        self,
+        provider: SandboxProvider,
+        store: LeaseStore,
+        *,
+        store_id: str,
+        clock: Clock,
+        grace: float,
+        observe: Callable[[int, int], None],
+    ) -> None:
+        self._provider, self._store, self._store_id, self._clock, self._grace = provider, store, store_id, clock, grace
+        self._observe = observe  # (sandboxes that live, of them killed now)
+        self._since: dict[int, float] = {}
+        self.loop = Loop("reaper", self.look, seconds=grace / 2)
+
+    def look(self) -> None:
+        """One pass over everything that the provider has of this store."""
+        owned = {owner.fence: owner for owner in self._provider.owned(self._store_id)}
+        live = self._store.live_attempts(list(owned)) if owned else frozenset()
+        now, killed = self._clock.monotonic(), 0
+        self._since = {fence: self._since.get(fence, now) for fence in owned.keys() - live}
+        for fence, since in self._since.items():
+            if now - since >= self._grace:
+                killed += self._provider.kill(owned[fence])
+                log.warning("sandbox_orphan_reaped", extra={"task_key": owned[fence].task_key, "fence": fence})
+        self._observe(len(owned), killed)
 
 
 class CancelWatch:

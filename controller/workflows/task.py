@@ -6,7 +6,7 @@ It carries on with the next task of its run for a short slice, so that a window 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from dbos import DBOS
@@ -103,6 +103,11 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         files = {f.sha256: me.blob(f.sha256) for f in request.files_in}
     except Permanent as e:
         return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
+    if not _admitted(me, attempt, canceled):
+        late = _late(me, attempt.deadline)
+        return _unrun(
+            me, attempt, ErrCode.TIMEOUT if late else ErrCode.CANCELED, "it waited for its sandbox until then"
+        )
     started = me.clock.monotonic()
     response, produced = me.sandboxes.run(
         request, owner=_owner(attempt), files=files, emit=stream.emit, canceled=canceled
@@ -113,6 +118,16 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         )
     me.observe("total", response.err_code.value, me.clock.monotonic() - started)
     return _outcome(me, attempt, response, produced, stream)
+
+
+def _admitted(me: Parts, attempt: Attempt, canceled: Callable[[], bool]) -> bool:
+    """Wait until the provider's limits let this attempt create its sandbox. False: canceled, or too late, before they did."""
+    assert attempt.fence is not None
+    while (seconds := me.admission.wait(attempt.fence)) > 0:
+        me.clock.sleep(min(1.0, seconds) * (0.5 + me.jitter()))
+        if canceled():
+            return False
+    return True
 
 
 def _late(me: Parts, deadline: datetime | None) -> bool:
