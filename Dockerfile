@@ -1,12 +1,14 @@
 # The controller's image: `docker build -t sisu-kodo:dev .` (make kind-up does it).
 #
-# Two stages from one base: the first resolves nothing, it installs exactly the locked and hashed requirements; the second
-# holds Python, git (for workspaces) and the product, and runs as a number, not as root. At run time no shell is called.
+# Two stages from one base: the first resolves nothing, it installs exactly the locked and hashed requirements; the last
+# holds Python, git (for workspaces), OpenCode's daemon and the product, and runs as a number, not as root. At run time no shell
+# is called. A stage between fetches the daemon, for x86-64 only, by npm from the registry that npm is configured for.
 # Where no registry can be reached, as on the machine this was developed on, a stand-in for BASE serves: a Debian root
 # with CPython 3.12 in /usr/local, imported under BASE's name, then `buildah bud --isolation chroot --pull-never`.
 
-# Pin it by digest for a release: --build-arg BASE=python:3.12-slim@sha256:…
+# Pin both by digest for a release: --build-arg BASE=python:3.12-slim@sha256:…
 ARG BASE=python:3.12-slim
+ARG NODE=node:22-slim
 
 FROM ${BASE} AS dependencies
 COPY requirements/runtime.lock /tmp/runtime.lock
@@ -20,6 +22,15 @@ RUN site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("
  && mkdir "$site/sisu_kodo-$VERSION.dist-info" \
  && printf 'Metadata-Version: 2.1\nName: sisu-kodo\nVersion: %s\n' "$VERSION" > "$site/sisu_kodo-$VERSION.dist-info/METADATA"
 
+FROM ${NODE} AS opencode
+COPY opencode/opencode.version /tmp/opencode.version
+# Of bin/opencode in the package: the same as in opencode/install.py.
+ARG OPENCODE_SHA256=0abbb7c32ab0294c0a7bfa2705f9ff0df5dce5ab721d1f00cccfe393f2a11427
+RUN npm install --prefix /tmp/opencode --no-save --no-audit --no-fund --ignore-scripts "opencode-linux-x64@$(cat /tmp/opencode.version)" \
+ && mkdir -p /opt/opencode \
+ && install -m 0555 /tmp/opencode/node_modules/opencode-linux-x64/bin/opencode /opt/opencode/opencode \
+ && echo "$OPENCODE_SHA256  /opt/opencode/opencode" | sha256sum -c -
+
 FROM ${BASE}
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends git ca-certificates \
@@ -30,6 +41,9 @@ COPY migrations/ migrations/
 COPY crds/ crds/
 # Recorded turns of the demo's goals: OC_MODE=replay works without a model and without a daemon.
 COPY opencode/fixtures/ opencode/fixtures/
+# OpenCode's daemon, for OC_MODE=live and record, with its configuration and pinned version.
+COPY --from=opencode /opt/opencode /opt/opencode
+COPY opencode/opencode.json opencode/opencode.version opencode/
 COPY controller/ controller/
 # The root file system is read-only at run time, so bytecode is written now. /var/lib/sisu-kodo is a volume in the chart.
 RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash controller \
@@ -38,6 +52,8 @@ RUN /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-has
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     LANG=C.UTF-8 \
+    OC_BINARY=/opt/opencode/opencode \
+    OC_CONFIG=/app/opencode/opencode.json \
     OC_FIXTURES=/app/opencode/fixtures \
     USER=sisu-kodo \
     PYTHONDONTWRITEBYTECODE=1 \

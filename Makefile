@@ -45,6 +45,10 @@ full: setup ## everything, the slow lanes included
 bench: setup ## measure latency, throughput and fan-out beside the machine's own limits
 	@$(RUN) python -m devcluster.bench
 
+.PHONY: bench-load
+bench-load: setup ## measure 10,000 waiting Intents, 1,000 at once, and restarts of API server and PostgreSQL under load
+	@$(RUN) python -m devcluster.bench load
+
 .PHONY: up
 up: setup ## a development cluster, PostgreSQL and the controller, in the background; CONTROLLER=0 leaves the controller out
 	@$(RUN) python -m devcluster up $(if $(filter 0,$(CONTROLLER)),--no-controller)
@@ -56,6 +60,10 @@ down: ## stop exactly what `make up` started; WIPE=1 removes its data, too
 .PHONY: start
 start: setup ## the controller in the foreground, on what `make up CONTROLLER=0` started
 	@$(RUN) python -m devcluster start
+
+.PHONY: oc-daemon-up
+oc-daemon-up: setup ## an OpenCode daemon in the foreground, for `OC_MODE=live make start`; scripted model unless OC_MODEL_BASE_URL is set
+	@$(RUN) python -m devcluster oc-daemon
 
 .PHONY: db-reset
 db-reset: ## empty our schema of `make up`'s database; refuses while Intents refer to it, unless FORCE=1

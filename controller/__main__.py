@@ -1,4 +1,4 @@
-"""The command line: `python -m controller run | migrate`. Exit codes: 0 fine, 2 bad configuration, 75 fenced off."""
+"""The command line: `python -m controller run | oc-daemon | migrate`. Exit codes: 0 fine, 2 bad configuration, 75 fenced off."""
 
 from __future__ import annotations
 
@@ -47,6 +47,24 @@ def run(
         code = main.run(settings, role=role.value)
     except (SisuError, config.ConfigError) as e:
         logging.getLogger(__name__).critical("cannot start", extra={"error": str(e)})
+        code = 2
+    sys.exit(code)
+
+
+@cli.command("oc-daemon")
+def oc_daemon() -> None:
+    """Run the pinned OpenCode daemon and keep it well, until SIGTERM. docs/configuration.md lists the settings.
+
+    It listens on loopback only. Exit code 1: the binary is not the pinned version, or cannot be executed.
+    """
+    from controller.oc import supervise
+
+    try:
+        settings = config.load_daemon()
+        log.configure(as_json=settings.log_format == "json", level=settings.log_level)
+        code = supervise.run(settings)
+    except config.ConfigError as e:
+        typer.echo(f"configuration: {e}", err=True)
         code = 2
     sys.exit(code)
 

@@ -109,11 +109,7 @@ class Settings(BaseModel):
     @property
     def oc_version(self) -> str:
         """The pinned version of OpenCode. Raises ConfigError when the file beside OC_CONFIG is missing."""
-        path = self.oc_config.with_name("opencode.version")
-        try:
-            return path.read_text(encoding="utf-8").strip()
-        except OSError as e:
-            raise ConfigError(f"OC_CONFIG holds {str(self.oc_config)!r}: {path} cannot be read: {e.strerror}") from e
+        return _pinned(self.oc_config)
 
     @property
     def git_environ(self) -> dict[str, str]:
@@ -173,12 +169,8 @@ class DaemonSettings(BaseModel):
 
     @property
     def version(self) -> str:
-        """The pinned version, from opencode.version beside OC_CONFIG. Raises ConfigError."""
-        pin = self.config.with_name("opencode.version")
-        try:
-            return pin.read_text().strip()
-        except OSError as e:
-            raise ConfigError(f"OC_CONFIG holds {str(self.config)!r}: no {pin.name} beside it: {e.strerror}") from None
+        """The pinned version of OpenCode. Raises ConfigError when the file beside OC_CONFIG is missing."""
+        return _pinned(self.config)
 
     def child_environ(self) -> dict[str, str]:
         """What opencode.json reads by {env:…}, and what its way to the provider needs."""
@@ -219,6 +211,14 @@ def _load(model: type[M], environ: Mapping[str, str] | None) -> M:
         may = f"; it may hold: {field.description}" if field is not None and field.description else ""
         held = "is not set" if first["type"] == "missing" else f"holds {_shown(name, values)}: {first['msg']}"
         raise ConfigError(f"{name} {held}{may}") from None
+
+
+def _pinned(config: Path) -> str:
+    path = config.with_name("opencode.version")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as e:
+        raise ConfigError(f"OC_CONFIG holds {str(config)!r}: {path} cannot be read: {e.strerror}") from e
 
 
 def _shown(name: str, values: Mapping[str, str]) -> str:

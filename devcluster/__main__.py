@@ -19,6 +19,7 @@ import psycopg
 import typer
 
 from devcluster import build as builder
+from devcluster import ocdaemon
 from devcluster.cache import cache_dir, locked, say
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
@@ -65,6 +66,7 @@ def up(
     """Start everything in the background and print the kubeconfigs. What already runs is left alone."""
     home = _home(state)
     with _plain_errors(), locked(home / "lock"):
+        ocdaemon.mode(os.environ)
         stack = _stack(home, fsync=fsync, sets=tuple(sets or ()))
         _start("control plane", stack.cluster)
         if stack.database_url:
@@ -95,12 +97,17 @@ def down(
         return
     with _plain_errors(), locked(home / "lock"):
         cluster, postgres, running = ControlPlane(home), Postgres(home), _running(home)
+        daemon = ocdaemon.running(home)
         alive = ["controller"] if running is not None else []
+        alive += ["opencode"] if daemon is not None else []
         alive += [child.name for child in cluster.children.values() if child.alive()]
         alive += ["postgres"] if postgres.running else []
         if running is not None:
             running.stop()
-        (home / RECORD).unlink(missing_ok=True)
+        if daemon is not None:
+            daemon.stop()
+        for record in (RECORD, ocdaemon.RECORD):
+            (home / record).unlink(missing_ok=True)
         cluster.stop()
         postgres.stop()
         say(f"stopped {', '.join(alive)}" if alive else f"nothing was running in {home}")
@@ -123,11 +130,18 @@ def start(state: State = None, sandboxes: Sandboxes = "live") -> None:
             raise DevclusterError("a controller runs already; `make down` ends it")
         stack.postgres = None if stack.database_url else Postgres(home)
         stack.database = stack.database_url or (stack.postgres.dsn if stack.postgres else "")
-        settings = {"SBX_MODE": sandboxes, "ADMIN_PORT": os.environ.get("ADMIN_PORT", "3002")}
+        settings = {"SBX_MODE": sandboxes, "ADMIN_PORT": os.environ.get("ADMIN_PORT", "3002"), **_opencode(home)}
         if sandboxes == "live":
             settings["SBX_TOOLCHAINS"] = str(toolchain())
         os.chdir(ROOT)
         os.execve(sys.executable, [sys.executable, "-m", "controller", "run"], stack.environment(**settings))
+
+
+@app.command("oc-daemon")
+def oc_daemon(state: State = None) -> None:
+    """Keep an OpenCode daemon in the foreground, with a scripted model unless OC_MODEL_BASE_URL is set. Ctrl-C ends it."""
+    with _plain_errors():
+        raise typer.Exit(ocdaemon.foreground(_home(state), os.environ))
 
 
 @app.command("db-reset")
@@ -165,11 +179,12 @@ def status(state: State = None) -> None:
     """Say what runs, and where its kubeconfigs are. Exit code 1 when the control plane does not run."""
     home = _home(state)
     cluster, postgres = ControlPlane(home), Postgres(home)
-    running = _running(home)
+    running, daemon = _running(home), ocdaemon.running(home)
     parts = [
         *cluster.children.values(),
         *([postgres.child] if postgres.child else []),
         *([running.child] if running else []),
+        *([daemon.child] if daemon else []),
     ]
     for child in parts:
         print(f"{child.name:<24} {'running' if child.alive() else 'ended':<8} pid {child.pid}")
@@ -199,10 +214,39 @@ def _running(home: Path) -> Controller | None:
 def _start_controller(stack: Stack, home: Path) -> None:
     running = _running(home)
     if running is None:
-        running = stack.controller(SBX_MODE="live", SBX_PROVIDER="local")
+        if ocdaemon.mode(os.environ) != "replay" and ocdaemon.running(home) is None:
+            _start_opencode(home)
+        running = stack.controller(SBX_MODE="live", SBX_PROVIDER="local", **_opencode(home))
         (home / RECORD).write_text(json.dumps({"child": running.child.record(), "admin": running.admin}))
         say(f"controller: started; it logs to {running.log}")
     print(f"admin       {running.admin}  (/healthz /readyz /metrics)")
+
+
+def _start_opencode(home: Path) -> None:
+    behind = ocdaemon.provider(os.environ)
+    if not behind:
+        raise DevclusterError(
+            "OC_MODE is not replay, so `make up` needs OC_MODEL_BASE_URL and OC_MODEL: a scripted model would end with it."
+            " `make demo` and `make oc-daemon-up` have one of their own"
+        )
+    ocdaemon.start(home, behind=behind, detach=True).save(home)
+    say(f"opencode: started, with {behind['OC_MODEL']} at OC_MODEL_BASE_URL; it logs to {home / 'oc-daemon.log'}")
+
+
+def _opencode(home: Path) -> dict[str, str]:
+    """The controller's OC_* settings: the caller's mode, and the daemon that the caller or this state directory names."""
+    wanted = ocdaemon.mode(os.environ)
+    settings = {"OC_MODE": wanted, **ocdaemon.fixtures(os.environ)}
+    if wanted == "replay":
+        return settings
+    daemon = ocdaemon.running(home)
+    names = ("OC_BASE_URL", "OPENCODE_SERVER_PASSWORD", "OC_MODEL")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if daemon is None and "OC_BASE_URL" not in given:
+        raise DevclusterError(
+            f"OC_MODE is {wanted}, but no daemon runs; `make oc-daemon-up` in another terminal starts one"
+        )
+    return {**settings, **(daemon.settings if daemon else {}), **given}
 
 
 def _start(what: str, part: ControlPlane | Postgres) -> None:

@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 from rich.syntax import Syntax
 
+from devcluster import ocdaemon
 from devcluster.errors import DevclusterError
 from devcluster.gitserver import GitServer
 from devcluster.stack import ROOT, Stack, scratch
@@ -41,10 +42,10 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 class Demo:
-    """One run of the example. `began` is when the demo did."""
+    """One run of the example. A provider's model may take its time: `patience` is how many seconds nothing may change."""
 
-    def __init__(self, stack: Stack, *, url: str, yes: bool) -> None:
-        self.stack, self.url, self.yes = stack, url, yes
+    def __init__(self, stack: Stack, *, url: str, yes: bool, patience: float) -> None:
+        self.stack, self.url, self.yes, self.patience = stack, url, yes, patience
 
     def run(self) -> None:
         """apply → plan → approve → execute → outcome."""
@@ -77,9 +78,9 @@ class Demo:
         )
         return found
 
-    def follow(self, enough: Callable[[dict[str, Any]], bool], *, seconds: float = 120) -> dict[str, Any]:
+    def follow(self, enough: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Print every change of phase and step until it is enough."""
-        deadline, seen = time.monotonic() + seconds, ""
+        deadline, seen = time.monotonic() + self.patience, ""
         while True:
             status = self.status()
             line = f"{status.get('phase', '…')} {status.get('lastStep', '')} {status.get('tasks', {}).get('display', '')}".strip()
@@ -93,7 +94,7 @@ class Demo:
             if any(c["type"] == "Finished" and c["status"] == "True" for c in status.get("conditions", ())):
                 raise DevclusterError(f"the Intent ended as {status['phase']}: {status['conditions'][-1]['message']}")
             if time.monotonic() > deadline:
-                raise DevclusterError(f"nothing new within {seconds:.0f} s; the Intent is {line}")
+                raise DevclusterError(f"nothing new within {self.patience:.0f} s; the Intent is {line}")
             time.sleep(0.1)
 
     def show_plan(self, approval: str) -> None:
@@ -226,6 +227,26 @@ def before(repository: Path, scratch: Path) -> None:
         )
 
 
+def execute(stack: Stack, *, url: str, yes: bool) -> None:
+    """The demo on a stack that runs, with the OpenCode that the caller's environment asks for."""
+    patience = 600.0 if ocdaemon.provider(os.environ) else 120.0
+    with ocdaemon.beside(stack.state, os.environ, report=note) as settings:
+        note(
+            f"OpenCode: {settings['OC_MODE']}" + (f" at {settings['OC_BASE_URL']}" if "OC_BASE_URL" in settings else "")
+        )
+        controller = stack.controller(SBX_MODE="live", SBX_PROVIDER="local", **settings)
+        try:
+            note("controller ready")
+            Demo(stack, url=url, yes=yes, patience=patience).run()
+        finally:
+            controller.stop()
+
+
+def note(text: str) -> None:
+    """A line with the time."""
+    out.print(f"[dim]{clock()}[/] {text}")
+
+
 def main() -> None:
     """Run the demo."""
     yes = os.environ.get("YES") == "1" or not sys.stdin.isatty()
@@ -233,6 +254,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         check_machine()
+        ocdaemon.mode(os.environ)
         with scratch() as home:
             repository = home / "repositories" / "fix-median.git"
             commit = example().make(repository)
@@ -243,12 +265,7 @@ def main() -> None:
                 Stack(home / "stack", database_url=os.environ.get("DATABASE_URL", "")) as stack,
             ):
                 out.print(f"[dim]{clock()}[/] API server {stack.cluster.server}, repository at {commit[:12]}")
-                controller = stack.controller(SBX_MODE="live", SBX_PROVIDER="local")
-                try:
-                    out.print(f"[dim]{clock()}[/] controller ready")
-                    Demo(stack, url=server.url("fix-median.git"), yes=yes).run()
-                finally:
-                    controller.stop()
+                execute(stack, url=server.url("fix-median.git"), yes=yes)
         out.print(f"\n[bold green]done in {clock().strip()}; everything that was started is stopped[/]")
     except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C at the question
         out.print("\ninterrupted; everything that was started is stopped")

@@ -137,6 +137,11 @@ def spawn(
     return Child(name=name, pid=popen.pid, born=_born(popen.pid) or "gone", popen=popen)
 
 
+def this_process(name: str) -> Child:
+    """The process that calls this, for a record that others read."""
+    return Child(name=name, pid=os.getpid(), born=_born(os.getpid()) or "gone")
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that were free a moment ago. Whoever uses them must retry on `PortLost`."""
     sockets = [socket.socket() for _ in range(count)]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from devcluster import ocdaemon
 from devcluster.cache import open_to_all
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
@@ -145,7 +146,9 @@ class Stack:
             self.postgres.wipe()
         shutil.rmtree((self.state / "sandboxes").resolve(), ignore_errors=True)
         shutil.rmtree(self.state / "git", ignore_errors=True)
-        for name in ("sandboxes", "controller.json", "controller.log", "controller.port", "policy.yaml", "env"):
+        shutil.rmtree(self.state / ocdaemon.HOME, ignore_errors=True)
+        ours = ("sandboxes", "controller.json", "controller.log", "controller.port", "policy.yaml", "env")
+        for name in (*ours, *ocdaemon.LEFTOVERS):
             (self.state / name).unlink(missing_ok=True)
 
     def stop(self) -> None:

@@ -21,6 +21,10 @@ PROBE_SECONDS = 4.0  # a busy daemon takes up to 3 s
 SILENCE_SECONDS = 15.0
 
 
+class SessionGone(Unavailable):
+    """The daemon was restarted since: it knows nothing of this session."""
+
+
 class OpenCodeClient:
     """One daemon, for one event loop."""
 
@@ -127,6 +131,8 @@ class OpenCodeClient:
             raise Permanent(f"{where}: 401, the password is not the daemon's (OPENCODE_SERVER_PASSWORD)")
         if response.status_code == 404 and missing_ok:
             return None
+        if response.status_code == 404 and path.startswith("/session/"):
+            raise SessionGone(f"{where}: {_brief(response)}")
         if response.status_code in (404, 409) or response.status_code >= 500:
             raise Unavailable(f"{where}: {response.status_code} {_brief(response)}")
         if response.status_code >= 400:
@@ -152,6 +158,8 @@ def _brief(response: httpx.Response) -> str:
     """The error's name and message where it has the daemon's shape, else the start of its text."""
     try:
         body = json.loads(response.content)
+        if body["name"] == "ConfigJsonError":
+            return "ConfigJsonError"  # its message is the whole configuration, the key included
         return f"{body['name']}: {body['data']['message']}"[:300]
     except (ValueError, KeyError, TypeError):
         return response.text[:300]

@@ -104,15 +104,34 @@ class Daemon:
             raise
 
     def launch(self) -> None:
-        """Start it without waiting. Raises Permanent when the binary cannot be executed."""
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Start it without waiting. Raises Permanent when the binary cannot be executed, or its folder not be written."""
         folders = self._folders()
-        for folder in folders.values():
-            folder.mkdir(exist_ok=True, mode=0o700)
-        environ = {
+        command = [str(self._binary), "serve", "--hostname", "127.0.0.1", "--port", str(self.port)]
+        command += ["--print-logs", "--log-level", "WARN"]
+        try:
+            for folder in (self._root, *folders.values()):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self.log.open("ab") as log:
+                self._child = subprocess.Popen(
+                    command,
+                    cwd=folders["EMPTY"],
+                    env=self._environment(folders),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_dies_with(os.getpid()),
+                )
+        except OSError as e:
+            raise Permanent(f"OpenCode cannot be started: {self._binary} in {self._root}: {e}") from e
+
+    def _environment(self, folders: Mapping[str, Path]) -> dict[str, str]:
+        """All that the child gets: nothing is inherited."""
+        return {
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
             "HOME": str(folders["HOME"]),
+            "TMPDIR": str(folders["TMP"]),
             **{f"XDG_{name}_HOME": str(folders[name]) for name in ("DATA", "CONFIG", "STATE", "CACHE")},
             "OC_STALL_MS": STALL_MS,
             **self._environ,
@@ -121,31 +140,17 @@ class Daemon:
             "OPENCODE_SERVER_USERNAME": USER,
             "OPENCODE_SERVER_PASSWORD": self.password,
         }
-        command = [str(self._binary), "serve", "--hostname", "127.0.0.1", "--port", str(self.port)]
-        command += ["--print-logs", "--log-level", "WARN"]
-        try:
-            with self.log.open("ab") as log:
-                self._child = subprocess.Popen(
-                    command,
-                    cwd=folders["EMPTY"],
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=_dies_with(os.getpid()),
-                )
-        except OSError as e:
-            raise Permanent(f"{self._binary} cannot be started: {e}; install it by `python -m opencode.install`") from e
 
     def _folders(self) -> dict[str, Path]:
-        return {name: self._root / name.lower() for name in ("HOME", "DATA", "CONFIG", "STATE", "CACHE", "EMPTY")}
+        return {
+            name: self._root / name.lower() for name in ("HOME", "DATA", "CONFIG", "STATE", "CACHE", "TMP", "EMPTY")
+        }
 
     def forget(self) -> None:
         """Remove its home, sessions and all, and begin another log. Only while it does not run."""
         for folder in self._folders().values():
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # none yet, or not writable, which launch() says better
             self.log.replace(self.log.with_suffix(".log.1"))
 
     def exit_code(self) -> int | None:
@@ -190,11 +195,14 @@ class Daemon:
         except (httpx.HTTPError, json.JSONDecodeError):
             return None
 
-    def stop(self, *, seconds: float = STOP_SECONDS) -> None:
-        """SIGTERM, and SIGKILL for its process group when that was not enough for so many seconds. SIGKILL ends stopped ones, too."""
+    def stop(self, *, seconds: float = STOP_SECONDS) -> int | None:
+        """SIGTERM, and SIGKILL for its process group when that was not enough for so many seconds: stopped ones end, too.
+
+        Returns how it ended, None when none was started.
+        """
         child, self._child = self._child, None
         if child is None:
-            return
+            return None
         child.terminate()
         try:
             child.wait(seconds)
@@ -202,6 +210,7 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        return child.returncode
 
     def __enter__(self) -> Daemon:
         self.start()

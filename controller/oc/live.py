@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from controller.core.errors import Permanent, SisuError, TurnStalled, Unavailable
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import turn as turns
-from controller.oc.client import OpenCodeClient
+from controller.oc.client import OpenCodeClient, SessionGone
 from controller.oc.events import Events
 from controller.ports import never
 
@@ -113,10 +113,14 @@ class LiveAgent:
         async with self._slots:
             started = time.monotonic()
             await self._reachable()
+            bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens, canceled=canceled)
             session = await self._session(request)
             ready = time.monotonic()
-            bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens, canceled=canceled)
-            answer = await self._asked(session, request, bounds)
+            try:
+                answer = await self._asked(session, request, bounds)
+            except SessionGone:  # the daemon was restarted: tell a new session what was said
+                session = await self._session(request)
+                answer = await self._asked(session, request, bounds)
             done = time.monotonic()
         timings = {
             "queued": _ms(started - queued),

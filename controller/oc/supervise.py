@@ -34,7 +34,6 @@ def run(settings: DaemonSettings, *, bounds: Bounds | None = None) -> int:
     """Until SIGTERM or SIGINT: the process's exit code. 1 when the daemon is not the pinned one or cannot be executed."""
     version = settings.version
     bounds = bounds or Bounds(memory_mb=settings.memory_mb)
-    settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     daemon = Daemon(
         settings.binary.absolute(),
         root=settings.state / "daemon",  # of its own: forget() removes what is in it
@@ -69,7 +68,7 @@ class Supervisor:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`; nothing is left running. Raises Permanent when starting it again would not help."""
-        (self._root / HEALTHY).unlink(missing_ok=True)
+        self._unhealthy()
         try:
             while not stop.is_set():
                 seen = await _unless(stop, self._look())
@@ -82,9 +81,13 @@ class Supervisor:
                 if isinstance(action, Wait):
                     await _unless(stop, asyncio.sleep(action.seconds))
         finally:
-            self._daemon.stop(seconds=self._bounds.stop)
-            (self._root / HEALTHY).unlink(missing_ok=True)
-            log.info("opencode stopped")
+            code = self._daemon.stop(seconds=self._bounds.stop)
+            self._unhealthy()
+            log.info("opencode stopped", extra={"exit_code": code})
+
+    def _unhealthy(self) -> None:
+        with contextlib.suppress(OSError):  # not there, or not ours to write, which launch() says better
+            (self._root / HEALTHY).unlink()
 
     async def _look(self) -> Seen:
         if self._state.launched is None:
@@ -140,8 +143,9 @@ class Supervisor:
         log.log(logging.INFO if planned else logging.WARNING, "opencode restarting", extra={**more, **facts})
 
     def _tell_healthy(self, before: State, facts: dict[str, object], now: float) -> None:
-        (self._root / HEALTHY).touch()
-        self._daemon.shorten_log()
+        with contextlib.suppress(OSError):  # no reason to cut off turns: a probe that misses the file says so
+            (self._root / HEALTHY).touch()
+            self._daemon.shorten_log()
         if before.starting:
             more = {"pid": self._daemon.pid, "version": self._version, "log": str(self._daemon.log)}
             log.info("opencode started", extra={**facts, **more})

@@ -100,3 +100,18 @@ def test_a_fan_out_runs_every_task_once_within_its_window(product: Product) -> N
     product.assert_once()
     joined = product.sql("SELECT jsonb_array_length(output->'tasks') FROM app.run_steps WHERE step_id = 'ExecuteST'")
     assert joined == [(100,)]
+
+
+def test_a_providers_limits_make_tasks_wait_and_never_fail(product: Product) -> None:
+    product.start(SBX_CREATES_PER_SECOND="40", SBX_MAX_CONCURRENT="3")
+    product.apply("many", "run 100 small checks", limits={"parallelism": 20})
+    product.wait_phase("many", "WaitingInput")
+    product.vote("many")
+    done = product.wait_phase("many", "Succeeded", "Failed", seconds=60)
+    assert done["tasks"]["display"] == "100/100"
+    assert set(product.starts().values()) == {1}
+    product.assert_once()
+    first_to_last = "extract(epoch FROM max(finished_at) - min(started_at))"
+    [(seconds,)] = product.sql(f"SELECT {first_to_last} FROM app.sbx_runs")
+    assert seconds > 60 / 40 * 0.9, "40 at once by the burst, then 40 a second"
+    assert product.sql("SELECT count(*) FROM app.sbx_attempts WHERE admitted_by = 'mock'") == [(100,)]

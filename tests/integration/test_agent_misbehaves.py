@@ -85,6 +85,7 @@ SCRIPTS: dict[str, Sequence[Answer]] = {
     "hostile repository": [needs("AGENTS.md", "opencode.json", ".opencode/agent/compile.md"), HELLO],
     "edits that do not apply": [edit("# not in the file\n")],
     "canceled": [well(structured=HELLO.structured, piece=1, pause=0.4)],
+    "two needs": [Answer(structured=NEED), HELLO],
     "two rounds": [Answer(structured=NEED), well(silent=30.0)],
     "wedged": [Answer(structured=NEED), well(silent=60.0)],
 }
@@ -427,6 +428,45 @@ def test_a_daemon_killed_in_a_turn_costs_no_turn_that_was_done(
         assert done.turns == 2 and len(talk.calls) == 1, "the first turn came from the ledger"
         agent.close()
         nothing_left(mine)
+
+
+def test_a_restart_between_two_turns_is_not_noticed(
+    tmp_path: Path, daemon: Daemon, model: ScriptedModel, hostile: tuple[GitWorkspace, GitSource]
+) -> None:
+    """A new home, as the supervisor gives it: the session is made again and told what was said."""
+    port, password = 0, "the-same"
+    first = Daemon(
+        ensure(), root=tmp_path / "1", config=CONFIG, version=VERSION, environ=model.environ(), password=password
+    )
+    with first:
+        port = first.port
+        agent = LiveAgent(first.base_url, password=password, version=VERSION)
+        opening = TurnRequest(
+            session="s",
+            agent=prompts.AGENT,
+            schema=SCHEMA,
+            prompt=prompts.first_prompt(goal="two needs", inputs={}, constraints={}, repository_map=None),
+            commit="c" * 40,
+        )
+        agent.turn(opening)
+    second = Daemon(
+        ensure(),
+        root=tmp_path / "2",
+        config=CONFIG,
+        version=VERSION,
+        environ=model.environ(),
+        port=port,
+        password=password,
+    )
+    with second:
+        before = len(model.requests)
+        following = replace(opening, prompt="Nothing more is shown.", history=(opening.prompt,))
+        assert agent.turn(following).structured == HELLO.structured
+        asked = model.requests[before:]
+        assert len(asked) == 1 and [m["role"] for m in asked[0]["messages"]].count("user") == 2
+        agent.end_session("s")
+        agent.close()
+        nothing_left(second)
 
 
 @pytest.mark.slow

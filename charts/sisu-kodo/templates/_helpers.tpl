@@ -59,13 +59,14 @@ capabilities: {drop: [ALL]}
 {{- with $v.opencode.baseUrl }}
 - {name: OC_BASE_URL, value: {{ . | quote }}}
 {{- end }}
-{{- with $v.opencode.fixtures }}
+{{- with $v.opencode.fixtures | default (ternary "/var/lib/sisu-kodo/turns" "" (eq $v.opencode.mode "record")) }}
 - {name: OC_FIXTURES, value: {{ . | quote }}}
 {{- end }}
-{{- if and $v.opencode.existingSecret (ne .role "controller") }}
-- name: OPENCODE_SERVER_PASSWORD
-  valueFrom:
-    secretKeyRef: {name: {{ $v.opencode.existingSecret | quote }}, key: {{ $v.opencode.passwordKey | quote }}}
+{{- if and $v.opencode.model (ne .role "controller") }}
+- {name: OC_MODEL, value: {{ $v.opencode.model | quote }}}
+{{- end }}
+{{- if ne .role "controller" }}
+{{ include "sisu-kodo.opencodePassword" .root }}
 {{- end }}
 - {name: SBX_MODE, value: {{ $v.sandbox.mode | quote }}}
 - {name: SBX_PROVIDER, value: {{ $v.sandbox.provider | quote }}}
@@ -90,14 +91,21 @@ capabilities: {drop: [ALL]}
 - {name: SBX_QUEUE_WORKER_CONCURRENCY, value: {{ $c.queues.sandboxConcurrency | quote }}}
 - {name: LOG_FORMAT, value: {{ $c.log.format | quote }}}
 - {name: LOG_LEVEL, value: {{ $c.log.level | quote }}}
-{{- with $v.network.httpsProxy }}
+{{ include "sisu-kodo.networkEnv" .root }}
+{{- end }}
+
+{{/* The way out, for git and for the model's provider. */}}
+{{- define "sisu-kodo.networkEnv" -}}
+{{- with .Values.network }}
+{{- with .httpsProxy }}
 - {name: HTTPS_PROXY, value: {{ . | quote }}}
 {{- end }}
-{{- with $v.network.noProxy }}
+{{- with .noProxy }}
 - {name: NO_PROXY, value: {{ . | quote }}}
 {{- end }}
-{{- if $v.network.caConfigMap }}
-- {name: SSL_CERT_FILE, value: {{ printf "/etc/sisu-kodo/ca/%s" $v.network.caKey | quote }}}
+{{- if .caConfigMap }}
+- {name: SSL_CERT_FILE, value: {{ printf "/etc/sisu-kodo/ca/%s" .caKey | quote }}}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -211,6 +219,9 @@ spec:
             {{- if and $works $c.extraVolumeMounts }}
             {{- toYaml $c.extraVolumeMounts | nindent 12 }}
             {{- end }}
+        {{- if and $works (include "sisu-kodo.sidecar" $root) }}
+        {{- include "sisu-kodo.opencode" $root | nindent 8 }}
+        {{- end }}
         {{- if and $works $c.extraContainers }}
         {{- toYaml $c.extraContainers | nindent 8 }}
         {{- end }}
@@ -221,6 +232,12 @@ spec:
           emptyDir: {sizeLimit: {{ $c.workspaceSize }}}
         - name: tmp
           emptyDir: {sizeLimit: {{ $c.tmpSize }}}
+        {{- if and $works (include "sisu-kodo.sidecar" $root) }}
+        - name: opencode
+          emptyDir: {sizeLimit: {{ $v.opencode.stateSize }}}
+        - name: opencode-tmp
+          emptyDir: {sizeLimit: 64Mi}
+        {{- end }}
         {{- if $v.network.caConfigMap }}
         - name: ca
           configMap: {name: {{ $v.network.caConfigMap | quote }}}
