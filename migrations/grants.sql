@@ -24,6 +24,7 @@ GRANT INSERT ON app.intents, app.plan_approvals TO sisukodo_controller;   -- app
 GRANT INSERT, UPDATE ON app.run_steps, app.opencode_calls, app.sbx_runs, app.sbx_attempts, app.mock_receipts, app.blobs, app.artifacts, app.chunks,
   app.sandbox_buckets TO sisukodo_worker;
 GRANT UPDATE ON app.sbx_runs TO sisukodo_controller;       -- a cancel takes queued tasks off
-GRANT UPDATE ON app.store, app.sbx_attempts TO sisukodo_controller;  -- marks, and what a restored backup was in the middle of
+GRANT UPDATE ON app.store_mark, app.sbx_attempts TO sisukodo_controller;  -- the latter: what a restored backup was in the middle of
+REVOKE EXECUTE ON FUNCTION app.another_store FROM PUBLIC, sisukodo_worker;
 GRANT DELETE ON ALL TABLES IN SCHEMA dbos TO sisukodo_worker;
 GRANT DELETE ON app.executor_leases TO sisukodo_worker;

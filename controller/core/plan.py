@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from controller.core import status as projection
-from controller.core.phases import Stage, Status, retry_event
+from controller.core.phases import TERMINAL, Stage, Status, retry_event
 from controller.core.run import Approval, Intent, Run, Vote
 from controller.core.settings import Settings
 
@@ -167,6 +167,9 @@ def _deleting(world: World) -> tuple[Action, ...]:
 
 def _new(world: World) -> tuple[Action, ...]:
     intent = world.intent
+    if _history(intent):
+        kept = _write(world, projection.history(intent, store_id=world.store_id))
+        return (*kept, RemoveFinalizer()) if intent.has_finalizer else kept
     if world.settings is None:
         return _write(world, projection.refused(intent, problem=world.problem or "refused", now=world.now))
     if intent.spec.get("cancel"):
@@ -176,6 +179,15 @@ def _new(world: World) -> tuple[Action, ...]:
     first: tuple[Action, ...] = () if intent.has_finalizer else (AddFinalizer(),)
     queued = projection.held(intent, reason="Queued", store_id=world.store_id, now=world.now)
     return (*first, *_write(world, queued), StartRun(settings=world.settings))
+
+
+def _history(intent: Intent) -> bool:
+    """It ended in another store, whose rows are gone: only a retry that would have reopened it there begins it here (law 10)."""
+    ended = next((s for s in TERMINAL if s.phase == intent.status.get("phase")), None)
+    if ended is None:
+        return False
+    again = int(intent.spec.get("retry", 0)) > int(intent.status.get("observedRetry", 0))
+    return intent.spec.get("cancel", False) or not again or retry_event(ended, Stage.PLAN) is None
 
 
 def _started(world: World, run: Run) -> tuple[Action, ...]:

@@ -119,6 +119,19 @@ def stalled(intent: Intent, *, store_id: str, now: datetime, consumed: bool = Fa
     }
 
 
+def history(intent: Intent, *, store_id: str) -> dict[str, Any]:
+    """It ended in another store, and a person has said that this one takes over: it stays as it ended."""
+    kept = [dict(c) for c in intent.status.get("conditions", ()) if c["type"] != "Stalled"]
+    reason = next((c["reason"] for c in kept if c["type"] == "Finished"), intent.status["phase"])
+    return {
+        **intent.status,
+        "observedGeneration": intent.generation,
+        "storeId": store_id,
+        "reason": reason,
+        "conditions": kept,
+    }
+
+
 def reason_of(run: Run, *, identity: str | None, approval_problem: str | None) -> str:
     """Why the run is where it is: one word of the closed list."""
     if run.status is Status.WAITING_INPUT:

@@ -53,7 +53,7 @@ def another(pool: Pool, store_id: str) -> Sequence[str] | None:
     """Make this copy a store of its own, in which nothing is being executed. The runs that were; None when somebody did it before."""
 
     def body(c: psycopg.Connection[DictRow]) -> Sequence[str] | None:
-        if c.execute(SQL["rename_store"], {"id": store_id}).fetchone() is None:
+        if c.execute(SQL["another_store"], {"id": store_id}).fetchone() is None:
             return None
         params = {"error": RESTORED, **move_params(Event.EXECUTE_REFUSED)}
         return [str(row["id"]) for row in c.execute(SQL["refuse_executions"], params).fetchall()]

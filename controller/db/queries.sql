@@ -4,22 +4,22 @@
 SELECT id FROM app.store
 
 -- name: store_mark
-SELECT id, mark FROM app.store
+SELECT s.id, m.mark FROM app.store s, app.store_mark m
 
 -- name: beat_store
-UPDATE app.store SET mark = mark + 1 RETURNING id, mark
+UPDATE app.store_mark m SET mark = m.mark + 1 FROM app.store s RETURNING s.id, m.mark
 
 -- name: store_compared
-UPDATE app.store SET compared_at = clock_timestamp() WHERE id = %(id)s
+UPDATE app.store_mark SET compared_at = clock_timestamp() WHERE EXISTS (SELECT 1 FROM app.store WHERE id = %(id)s)
 
 -- name: database_clock
 SELECT clock_timestamp() AS now
 
 -- name: compared_since
-SELECT 1 AS yes FROM app.store WHERE compared_at > %(since)s
+SELECT 1 AS yes FROM app.store_mark WHERE compared_at > %(since)s
 
--- name: rename_store
-UPDATE app.store SET id = gen_random_uuid()::text, compared_at = NULL WHERE id = %(id)s RETURNING id
+-- name: another_store
+SELECT id FROM app.another_store(%(id)s) AS a(id)
 
 -- name: refuse_executions
 -- Whatever an older copy was in the middle of: how far it came afterwards, nobody can tell from here.

@@ -32,6 +32,12 @@ class Cache:
         """The newest seen version."""
         return self._approvals.get((namespace, name))
 
+    def knows(self, plural: str, obj: Object) -> bool:
+        """Whether any version of this object was seen before."""
+        if plural == "intents":
+            return obj["metadata"]["uid"] in self._intents
+        return (obj["metadata"]["namespace"], obj["metadata"]["name"]) in self._approvals
+
     def saw_intent(self, obj: Object) -> bool:
         """Keep it if it is news; whether it is."""
         uid = str(obj["metadata"]["uid"])
@@ -47,7 +53,7 @@ class Cache:
         known = self._approvals.get(key)
         if known is not None and version(obj) <= version(known):
             return False
-        self._approvals[key] = _slim(obj)
+        self._approvals[key] = _slim_approval(obj)
         return True
 
     def lost_intent(self, uid: str) -> None:
@@ -66,3 +72,13 @@ class Cache:
 def _slim(obj: Object) -> Object:
     meta = {k: v for k, v in obj["metadata"].items() if k != "managedFields"}
     return {**obj, "metadata": meta}
+
+
+def _slim_approval(obj: Object) -> Object:
+    """Of a plan that nobody has voted on, or that is decided, only the digest is looked at: ten thousand plans wait cheaply."""
+    spec, status = obj["spec"], obj.get("status") or {}
+    slim = _slim(obj)
+    if spec.get("decisions") and status.get("decision", "Pending") == "Pending":
+        return slim
+    plan = {"digest": spec["plan"]["digest"]} if "plan" in spec else {}
+    return {**slim, "spec": {"intent": spec["intent"], "plan": plan, "decisions": spec.get("decisions", [])}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from controller.kube.crd import FINALIZER, GROUP
 VERSION = "v1alpha1"
 MERGE, JSON_PATCH = "application/merge-patch+json", "application/json-patch+json"
 TIMEOUT_SECONDS = 20
+PAGE = 250
 
 Object = Mapping[str, Any]
 
@@ -64,17 +65,17 @@ class KubeCluster:
         self._core = client.CoreV1Api(api)
         self._events = client.EventsV1Api(api)
 
-    async def intents(self) -> Sequence[Object]:
+    def intents(self) -> AsyncIterator[Object]:
         """All Intents of all namespaces."""
-        return await self._list(GROUP, VERSION, "intents")
+        return self._list(GROUP, VERSION, "intents")
 
-    async def approvals(self) -> Sequence[Object]:
+    def approvals(self) -> AsyncIterator[Object]:
         """All PlanApprovals of all namespaces."""
-        return await self._list(GROUP, VERSION, "planapprovals")
+        return self._list(GROUP, VERSION, "planapprovals")
 
     async def list_all(self, resource: str) -> Sequence[Object]:
         """All objects of a cluster-scoped resource of admissionregistration.k8s.io/v1 (identity.AdmissionReader)."""
-        return await self._list("admissionregistration.k8s.io", "v1", resource)
+        return [obj async for obj in self._list("admissionregistration.k8s.io", "v1", resource)]
 
     async def intent(self, namespace: str, name: str) -> Object | None:
         """One Intent, or None."""
@@ -178,16 +179,17 @@ class KubeCluster:
                 return None
             raise
 
-    async def _list(self, group: str, version: str, plural: str) -> list[Object]:
-        items: list[Object] = []
+    async def _list(self, group: str, version: str, plural: str) -> AsyncIterator[Object]:
+        """Page by page: ten thousand objects at once would be what the process' memory is sized by."""
         token = ""
         while True:
             more: dict[str, Any] = {"_continue": token} if token else {}
-            page = await _call(self._custom.list_cluster_custom_object(group, version, plural, limit=500, **more))
-            items += page["items"]
+            page = await _call(self._custom.list_cluster_custom_object(group, version, plural, limit=PAGE, **more))
+            for item in page["items"]:
+                yield item
             token = page["metadata"].get("continue") or ""
             if not token:
-                return items
+                return
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import aiohttp
 from kubernetes.aio import client
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
@@ -13,20 +15,42 @@ from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
+from controller.core.errors import Unavailable
+
 log = logging.getLogger(__name__)
 NAME = "sisu-kodo-controller"
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
+ANSWER_SECONDS = 3.0
+NO_ANSWER = (aiohttp.ClientError, TimeoutError)
 
 
 class _Lock(LeaseLock):
-    """The library's lock. Its own create() passes `pretty=True`, which the same release's client refuses (37.0.2)."""
+    """The library's lock, but an API server that does not answer is a try that failed (37.0.2 lets that end the election).
+
+    Its own create() passes `pretty=True`, which the same release's client refuses.
+    """
+
+    async def get(
+        self, name: str, namespace: str
+    ) -> tuple[bool, LeaderElectionRecord] | tuple[bool, Exception] | tuple[bool, None]:
+        try:
+            return await asyncio.wait_for(super().get(name, namespace), ANSWER_SECONDS)
+        except NO_ANSWER as e:
+            return False, ApiException(status=0, reason=type(e).__name__)
+
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        try:
+            return bool(await asyncio.wait_for(super().update(name, namespace, updated_record), ANSWER_SECONDS))
+        except NO_ANSWER as e:
+            log.warning("leader lease not renewed", extra={"error": type(e).__name__})
+            return False
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
         body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
         try:
-            await self.api_instance.create_namespaced_lease(namespace, body)
-        except ApiException as e:
-            log.warning("leader lease not created", extra={"status": e.status})
+            await asyncio.wait_for(self.api_instance.create_namespaced_lease(namespace, body), ANSWER_SECONDS)
+        except (ApiException, *NO_ANSWER) as e:
+            log.warning("leader lease not created", extra={"error": type(e).__name__})
             return False
         return True
 
@@ -39,8 +63,8 @@ async def release(api: client.ApiClient, *, namespace: str, identity: str) -> No
         if held.spec is not None and held.spec.holder_identity == identity:
             held.spec.holder_identity = None
             await leases.replace_namespaced_lease(NAME, namespace, held)
-    except ApiException as e:
-        log.warning("leader lease not released", extra={"status": e.status})
+    except (ApiException, *NO_ANSWER) as e:
+        log.warning("leader lease not released", extra={"error": type(e).__name__})
 
 
 async def lead(
@@ -51,7 +75,23 @@ async def lead(
     leading: Callable[[], Coroutine[Any, Any, None]],
     lost: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
-    """Wait for the Lease, run `leading` while it is held, then call `lost` (which ends the process)."""
+    """Wait for the Lease, run `leading` while it is held, then call `lost` (which ends the process).
+
+    The library does not look at how `leading` ends. One that an unreachable API server kept from beginning begins again;
+    any other failure is a leader that would do nothing while it holds the Lease: `lost`.
+    """
+
+    async def watched() -> None:
+        while True:
+            try:
+                return await leading()
+            except Unavailable as e:
+                log.warning("leading could not begin", extra={"error": str(e)})
+            except Exception:
+                log.exception("leading failed")
+                return await lost()
+            await asyncio.sleep(RETRY_SECONDS)
+
     lock = _Lock(NAME, namespace, identity, api)
     await LeaderElection(
         Config(
@@ -59,7 +99,7 @@ async def lead(
             lease_duration=LEASE_SECONDS,
             renew_deadline=RENEW_SECONDS,
             retry_period=RETRY_SECONDS,
-            onstarted_leading=leading,
+            onstarted_leading=watched,
             onstopped_leading=lost,
         )
     ).run()

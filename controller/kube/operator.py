@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from controller import metrics
 from controller.core.errors import SisuError
 from controller.kube.cache import Cache
 from controller.kube.client import KubeCluster
@@ -52,6 +53,7 @@ class Operator:
 
     async def run(self) -> None:
         """Until cancelled."""
+        metrics.RECONCILE_BACKLOG.set_function(lambda: len(self.queue))
         async with asyncio.TaskGroup() as group:
             group.create_task(self.queue.run())
             group.create_task(self._every(TICK_SECONDS, self._tick))
@@ -62,6 +64,7 @@ class Operator:
         """A watch event. `kind` is None while listing."""
         self.last_event[plural] = self._clock.monotonic()
         uid = str(obj["metadata"]["uid"] if plural == "intents" else obj["spec"]["intent"]["uid"])
+        known = self._cache.knows(plural, obj)
         if kind == "DELETED":
             if plural == "intents":
                 self._cache.lost_intent(uid)
@@ -70,7 +73,8 @@ class Operator:
                 self._cache.lost_approval(obj)
             self.queue.add(uid)
         elif self._cache.saw_intent(obj) if plural == "intents" else self._cache.saw_approval(obj):
-            self.queue.add(uid)  # else it is the echo of our own write
+            # Else it is the echo of our own write. What is new here gives way to what has begun.
+            self.queue.add(uid, urgent=known)
 
     def intents(self) -> Iterable[Mapping[str, Any]]:
         """Every Intent as last seen."""
@@ -82,7 +86,7 @@ class Operator:
             self.queue.add(intent_id)
         else:
             for obj in self._cache.intents():
-                self.queue.add(str(obj["metadata"]["uid"]))
+                self.queue.add(str(obj["metadata"]["uid"]), urgent=False)
 
     async def _timed(self, uid: str) -> None:
         began = self._clock.monotonic()
@@ -127,20 +131,19 @@ class Operator:
 
     async def resync(self) -> None:
         """List everything, look at everything; find runs whose Intent went unseen."""
-        listed = await self._cluster.intents()
-        for obj in await self._cluster.approvals():
-            self._cache.saw_approval(obj)
-        for obj in listed:
+        began = self._clock.monotonic()
+        seen = set()
+        async for obj in self._cluster.intents():
             self._cache.saw_intent(obj)
-        seen = {str(obj["metadata"]["uid"]) for obj in listed}
-        for uid in seen:
-            self.queue.add(uid)
-        for obj in self._cache.intents():
-            if obj["metadata"]["uid"] not in seen:
-                self.queue.add(str(obj["metadata"]["uid"]))
+            seen.add(str(obj["metadata"]["uid"]))
+        async for obj in self._cluster.approvals():
+            self._cache.saw_approval(obj)
+        for uid in seen | {str(obj["metadata"]["uid"]) for obj in self._cache.intents()}:
+            self.queue.add(uid, urgent=False)
         unseen = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
         await self._cancel_gone(unseen)
         self.last_resync = self._clock.monotonic()
+        metrics.RESYNC_SECONDS.observe(self.last_resync - began)
 
     async def _cancel_gone(self, rows: Sequence[Mapping[str, Any]]) -> None:
         gone = [r for r in rows if await self._gone(r)]
@@ -157,7 +160,8 @@ class Operator:
     async def _gone(self, row: Mapping[str, Any]) -> bool:
         obj = await self._cluster.intent(row["namespace"], row["name"])
         if obj is not None and obj["metadata"]["uid"] == row["intent_id"]:
-            self._cache.saw_intent(obj)
+            if self._cache.saw_intent(obj):
+                self.queue.add(row["intent_id"])  # neither the list nor the watch told of it
             return False
         return await self._cluster.crd_exists() and await self._cluster.namespace_exists(row["namespace"])
 

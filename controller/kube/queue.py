@@ -1,4 +1,9 @@
-"""A deduplicating work queue: one key is worked on by one worker at a time, errors come back with exponential delay."""
+"""A deduplicating work queue: one key is worked on by one worker at a time, errors come back with exponential delay.
+
+Two lanes: what somebody waits for comes before what can wait (new Intents, a look at everything). Under load that bounds the work in
+progress, so that what has begun is told in time. Few workers at once serve the second lane: what a new Intent sets in motion comes back
+seconds later, and must find room. One in `SHARE` turns is the second lane's first, so that nothing waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from controller.core.errors import Conflict
+from controller.core.errors import Conflict, Unavailable
 
 log = logging.getLogger(__name__)
 FIRST_DELAY, MAX_DELAY = 0.1, 30.0
+SHARE = 16
+FEW = 8  # one in so many workers
 
 
 class WorkQueue:
@@ -18,18 +25,26 @@ class WorkQueue:
     def __init__(self, handle: Callable[[str], Awaitable[None]], *, workers: int) -> None:
         self._handle = handle
         self._workers = workers
-        self._dirty: dict[str, None] = {}
+        self._urgent: dict[str, None] = {}
+        self._patient: dict[str, None] = {}
+        self._turn = 0
+        self._few = max(1, workers // FEW)
+        self._patiently: set[str] = set()  # of those that are busy
         self._busy: set[str] = set()
         self._delays: dict[str, float] = {}
         self._wake = asyncio.Event()
         self.errors = 0
 
     def __len__(self) -> int:
-        return len(self._dirty) + len(self._busy)
+        return len(self._urgent) + len(self._patient) + len(self._busy)
 
-    def add(self, key: str) -> None:
-        """Something about this key changed."""
-        self._dirty[key] = None
+    def add(self, key: str, *, urgent: bool = True) -> None:
+        """Something about this key changed. One that waits urgently stays urgent."""
+        if urgent:
+            self._patient.pop(key, None)
+            self._urgent[key] = None
+        elif key not in self._urgent:
+            self._patient[key] = None
         self._wake.set()
 
     def add_later(self, key: str, seconds: float) -> None:
@@ -44,11 +59,16 @@ class WorkQueue:
 
     async def _next(self) -> str:
         while True:
-            for key in self._dirty:
-                if key not in self._busy:
-                    del self._dirty[key]
-                    self._busy.add(key)
-                    return key
+            self._turn += 1
+            patient = self._patient if len(self._patiently) < self._few else {}
+            for lane in (patient, self._urgent) if self._turn % SHARE == 0 else (self._urgent, patient):
+                for key in lane:
+                    if key not in self._busy:
+                        del lane[key]
+                        self._busy.add(key)
+                        if lane is self._patient:
+                            self._patiently.add(key)
+                        return key
             self._wake.clear()
             await self._wake.wait()
 
@@ -62,6 +82,7 @@ class WorkQueue:
                 self._failed(key, e)
             finally:
                 self._busy.discard(key)
+                self._patiently.discard(key)
                 self._wake.set()
 
     def _failed(self, key: str, error: Exception) -> None:
@@ -72,5 +93,7 @@ class WorkQueue:
             log.error("reconcile failed", extra={"uid": key, "again_in": delay, "error": "nested too deep"})
         elif isinstance(error, Conflict):
             log.debug("reconcile conflict", extra={"uid": key, "error": str(error)})
+        elif isinstance(error, Unavailable):  # said once per Intent and try while a server is away: no traceback, too
+            log.warning("reconcile failed", extra={"uid": key, "again_in": delay, "error": str(error)})
         else:
             log.warning("reconcile failed", extra={"uid": key, "again_in": delay}, exc_info=error)

@@ -10,7 +10,7 @@ from typing import Any
 
 import kopf
 
-from controller.kube.client import VERSION
+from controller.kube.client import PAGE, VERSION
 from controller.kube.crd import GROUP
 
 log = logging.getLogger(__name__)
@@ -84,5 +84,7 @@ class Watch:
         settings.scanning.disabled = True
         settings.watching.server_timeout = 300
         settings.watching.client_timeout = 310
+        # Without pages 10,000 objects of a kind are in memory at once, each with a task of its own: a gigabyte.
+        settings.watching.chunk_size = PAGE
         settings.queueing.idle_timeout = 0.1  # one task per object: let it end soon
         return settings

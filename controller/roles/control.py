@@ -50,19 +50,8 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
         api = await kube.connect(self._settings.kubeconfig)
-        beating: asyncio.Task[None] | None = None
         try:
-            await self._compare(api)
-            beating = asyncio.create_task(self._beat(api))
-            leader = asyncio.create_task(
-                lead(
-                    api,
-                    namespace=self._settings.namespace,
-                    identity=self._settings.pod_name,
-                    leading=lambda: self._lead(self._cluster(api)),
-                    lost=self._lost,
-                )
-            )
+            leader = asyncio.create_task(self._elect(api))
             stopping = asyncio.create_task(stop.wait())
             done, _ = await asyncio.wait({leader, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if leader in done:
@@ -71,9 +60,20 @@ class Controller:
             await asyncio.gather(leader, return_exceptions=True)
             await release(api, namespace=self._settings.namespace, identity=self._settings.pod_name)
         finally:
-            if beating is not None:
-                beating.cancel()
             await api.close()  # type: ignore[no-untyped-call]
+
+    async def _elect(self, api: ApiClient) -> None:
+        """Whoever may lead compares, and goes on beating whether it leads or not."""
+        await self._compare(api)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat(api))
+            await lead(
+                api,
+                namespace=self._settings.namespace,
+                identity=self._settings.pod_name,
+                leading=lambda: self._lead(self._cluster(api)),
+                lost=self._lost,
+            )
 
     async def _compare(self, api: ApiClient) -> None:
         """Before anything is executed: an older copy of the database becomes another store, whose Intents wait for people (law 10)."""

@@ -7,6 +7,7 @@
                        killed       this fence must start nothing more
                        rw/          workspace, output and tmp of the task, owned by its outer uid
     <root>/uids/<uid>  flock: one sandbox per outer uid
+    <root>/making      flock: shared from a box's first directory entry to its `alive`, so that whoever has it alone sees no box in between
 
 One root serves all controllers of one host (one PID namespace).
 """
@@ -20,7 +21,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,18 +30,17 @@ from controller.core.model import Owner
 from controller.sbx import jail, processes
 
 DRAFT = ".new-"  # a box whose mark is still being written
-DRAFT_SECONDS = 60
 
 
 class NoFreeUid(Unavailable):
     """As many sandboxes run as there are outer uids."""
 
 
-def _flock(path: Path, *, wait: bool) -> int | None:
+def _flock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
     """An open descriptor that holds the lock, or None when somebody else does."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(fd)
         return None
@@ -144,8 +143,9 @@ class Boxes:
     def create(self, owner: Owner, *, uid: int | None) -> Iterator[Box]:
         """A new box, gone at the end."""
         draft = self._root / "boxes" / f"{DRAFT}{secrets.token_hex(8)}"
-        draft.mkdir(mode=0o711)
-        alive = _flock(draft / "alive", wait=False)
+        with self._making(shared=True):
+            draft.mkdir(mode=0o711)
+            alive = _flock(draft / "alive", wait=False)
         assert alive is not None
         box = Box(directory=draft.with_name(draft.name.removeprefix(DRAFT)), owner=owner)
         try:
@@ -174,18 +174,34 @@ class Boxes:
 
     def sweep(self, forget: Callable[[str], None]) -> int:
         """Removes what dead controllers left, killing first. `forget` is told each name. Returns how many."""
+        nobody = Owner(store_id="", run_id="", task_key="", attempt=0, fence=0)
+        with self._making(shared=False):
+            boxes = [Box(directory=directory, owner=nobody) for directory in (self._root / "boxes").iterdir()]
+            dead = [box for box in boxes if _orphaned(box)]
         count = 0
-        for directory in (self._root / "boxes").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if directory.name.startswith(DRAFT) and time.time() - directory.stat().st_mtime < DRAFT_SECONDS:
-                    continue
-                box = Box(directory=directory, owner=Owner(store_id="", run_id="", task_key="", attempt=0, fence=0))
-                if box.abandoned():
-                    box.kill()
-                    forget(box.name)
-                    remove(directory)
-                    count += 1
+        for box in dead:
+            with contextlib.suppress(FileNotFoundError):  # another sweeper was faster
+                box.kill()
+                forget(box.name)
+                remove(box.directory)
+                count += 1
         return count
+
+    @contextlib.contextmanager
+    def _making(self, *, shared: bool) -> Iterator[None]:
+        fd = _flock(self._root / "making", wait=True, shared=shared)
+        assert fd is not None
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+
+def _orphaned(box: Box) -> bool:
+    try:
+        return box.abandoned()
+    except FileNotFoundError:
+        return False  # its owner has just removed it
 
 
 def remove(directory: Path) -> None:

@@ -93,7 +93,7 @@ def check(entries: Iterable[Entry], *, target: Callable[[Entry], str]) -> None:
             raise WorkspaceRefused(f"{entry.path}: lies below {above}, which is not a directory")
     for path, text in links.items():
         if escapes(path, links):
-            raise WorkspaceRefused(f"{path}: is a symbolic link to {visible(text)[:200]!r}, outside the repository")
+            raise WorkspaceRefused(f"{path}: is a symbolic link to '{visible(text)[:200]}', outside the repository")
 
 
 def covered(path: str, files: Iterable[str] | Mapping[str, object]) -> str | None:

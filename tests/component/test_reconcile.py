@@ -686,6 +686,41 @@ async def test_another_store_starts_nothing_until_a_person_acknowledges_it(world
     assert set(other.enqueued) == {uid} and world.status()["storeId"] == "store-2"
 
 
+@pytest.mark.parametrize(
+    ("ended", "spec", "again"),
+    [
+        (Event.SUCCEED, {}, False),
+        (Event.SUCCEED, {"retry": 1}, False),
+        (Event.FAIL, {}, False),
+        (Event.FAIL, {"retry": 1}, True),
+        (Event.FAIL, {"retry": 1, "cancel": True}, False),
+        (Event.EXCEED, {"priority": 5}, False),
+    ],
+    ids=str,
+)
+async def test_what_had_ended_in_another_store_begins_here_by_a_retry_alone(
+    world: World, ended: Event, spec: Any, again: bool
+) -> None:
+    uid = await everything(world)
+    world.store.end_task(uid)
+    world.store.finish(uid, ended, reason="of the old store")
+    await world.settle(uid)
+    before = world.status()
+    world.store = MemoryRunStore(clock=world.clock.now, id="store-2")
+    world.restart()
+    await world.settle(uid)
+    assert world.status()["reason"] == "StoreBehind"
+    world.cluster.acknowledge("fix-median", "store-2")
+    world.cluster.apply(**spec)
+    await world.settle(uid)
+    if again:
+        assert set(world.store.enqueued) == {uid} and world.status()["phase"] == "Queued", "planned anew"
+    else:
+        assert world.store.enqueued == {} and world.store.run(uid) is None
+        assert world.status() == {**before, "storeId": "store-2", "observedGeneration": 2 if spec else 1}
+    assert world.store.decided == []
+
+
 async def test_a_database_restored_from_before_the_approval_does_not_execute_it_again(world: World) -> None:
     uid = await world.waiting()
     backup = world.store.runs[uid]
@@ -754,6 +789,19 @@ async def test_a_list_that_leaves_intents_out_cancels_nothing(world: World) -> N
     world.cluster.hidden = set(uids)
     await made.resync()
     assert open_runs(world) == set(uids)
+
+
+async def test_an_intent_that_a_list_leaves_out_is_served_all_the_same(world: World) -> None:
+    """One of three, and the process has just begun to lead: no watch event and no list tells of it, only its run does."""
+    uids = await many(world, 3)
+    world.store.plan_ready(uids[1], diff=DIFF)
+    world.cache = Cache()
+    made = operator(world)
+    world.cluster.hidden = {uids[1]}
+    async with running(made):
+        await until(world, lambda: world.status("intent-1").get("phase") == "WaitingInput")
+    assert open_runs(world) == set(uids)
+    assert {world.run(uid).status for uid in uids} == {Status.QUEUED, Status.WAITING_INPUT}
 
 
 async def test_a_run_whose_intent_is_really_gone_is_canceled(world: World) -> None:

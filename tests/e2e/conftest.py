@@ -12,7 +12,7 @@ from tests.e2e.product import Product
 
 _NUMBERS = itertools.count(1)
 # One of each kind runs on every commit; the rest of the [hold] files belongs to `make full`.
-SLOW = ("policy", "gitops", "races", "deletion", "bad_input", "store", "quorum")
+SLOW = ("policy", "gitops", "races", "deletion", "bad_input", "store", "quorum", "repository")
 FAST = {
     "test_law_8_nothing_executes_when_the_policy_changed_after_the_quorum[audit-only]",
     "test_law_4_applying_the_same_manifest_again_changes_nothing[replace]",
@@ -24,6 +24,7 @@ FAST = {
     "test_law_8_a_quorum_of_two_is_two_people[namespace]",
     "test_law_7_bytes_changed_between_approval_and_execution_are_refused[change_record]",
     "test_law_3_a_thousand_tasks_stay_under_64_kib",
+    "test_law_13_edits_that_want_out_are_refused_and_what_leads_inside_is_carried",
     "test_law_5_deep_json_ends_nothing_but_its_own_intent[3000]",
 }
 

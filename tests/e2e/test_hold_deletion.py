@@ -182,6 +182,60 @@ def test_a_missing_kind_is_not_deletion(product: Product) -> None:
         second.stop()
 
 
+BY_NAME = (
+    "SELECT i.name, r.status, r.reason FROM app.runs r JOIN app.intents i ON i.id = r.intent_id ORDER BY i.created_at"
+)
+
+
+@pytest.mark.slow
+def test_an_execution_goes_on_without_the_kind_and_another_intent_of_that_name_is_another_run(product: Product) -> None:
+    """The kind goes, without its finalizers, while a task runs and nobody watches; then it comes back, and people apply again."""
+    first = product.start(SBX_MODE="live")
+    for name, goal in (("busy", "wait a while"), ("idle", "say hello")):
+        product.apply(name, goal)
+        product.wait_phase(name, "WaitingInput")
+    product.vote("busy")
+    product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
+    first.kill()
+    with without_the_kind(product):
+        second = product.start(SBX_MODE="live", RESYNC_SECONDS="1")
+        ended = [("busy", "succeeded", "Succeeded"), ("idle", "waiting_input", "plan_not_approved")]
+        product.wait(lambda: product.sql(BY_NAME) == ended, "what was approved is carried out, nothing is canceled")
+        assert not second.child.alive() or second.get("/readyz")[0] != 200, (
+            "and the door says that something is missing"
+        )
+    # The kind is here and the Intents are not: now they are deleted, and a person finds that in SQL and in the log.
+    if not second.child.alive():
+        second = product.start(SBX_MODE="live", RESYNC_SECONDS="1")
+    orphans = [("busy", "succeeded", "Succeeded"), ("idle", "canceled", "Deleted")]
+    product.wait(lambda: product.sql(BY_NAME) == orphans, "a run that nobody can decide any more is canceled")
+    assert "Intent is gone; canceling its run" in second.log.read_text()
+    started = product.starts()
+
+    product.apply("busy", "wait a while")
+    product.wait_phase("busy", "WaitingInput")
+    assert product.sql(BY_NAME) == [*orphans, ("busy", "waiting_input", "plan_not_approved")]
+    assert product.starts() == started, "the old approval counts for nothing"
+    product.assert_once()
+
+
+@pytest.mark.slow
+def test_deleting_the_kind_deletes_its_intents_and_so_cancels_their_runs(product: Product) -> None:
+    """`kubectl delete crd` is a deletion of every Intent: the API server marks each, and waits for our finalizer."""
+    product.start(SBX_MODE="live")
+    for name, goal in (("busy", "wait very long"), ("idle", "say hello")):
+        product.apply(name, goal)
+        product.wait_phase(name, "WaitingInput")
+    product.vote("busy")
+    product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
+    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=30s")
+    product.stack.install()
+    canceled_both = [("busy", "canceled", "Deleted"), ("idle", "canceled", "Deleted")]
+    assert product.sql(BY_NAME) == canceled_both
+    assert product.sql("SELECT count(*) FROM app.sbx_attempts WHERE state = 'created'") == [(0,)]
+    assert sum(product.starts().values()) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["running", "starting"])
 def test_a_controller_sees_the_kind_come_back(product: Product, when: str) -> None:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.e2e.product import APPROVE, Product
+from tests.e2e.product import APPROVE, REJECT, Product
 
 ACKNOWLEDGE = "sisukodo.dev/acknowledge-store"
 
@@ -115,6 +115,35 @@ def test_law_10_only_a_person_acknowledges_and_then_it_runs_in_the_new_store(pro
     product.assert_once()
 
 
+def test_law_10_what_had_ended_stays_ended_in_the_new_store(product: Product) -> None:
+    first = product.start()
+    for name, verdict, phase in (("done", APPROVE, "Succeeded"), ("no", REJECT, "Rejected")):
+        product.apply(name, "say hello")
+        product.wait_phase(name, "WaitingInput")
+        product.vote(name, patch=verdict)
+        product.wait_phase(name, phase)
+    before, started = {name: product.status(name) for name in ("done", "no")}, product.starts()
+    first.stop()
+    reset(product)
+    product.start()
+    for name in before:
+        store_behind(product, name)
+        assert acknowledge(product, name).returncode == 0
+
+    here = store_id(product)
+    for name, old in before.items():
+        product.wait(lambda name=name: product.condition(name, "Stalled") == {}, "acknowledged")  # type: ignore[misc]
+        assert product.status(name) == {**old, "storeId": here}, "it says what it said, and whose it is now"
+    nothing_started(product)
+
+    for name in before:
+        product.patch_intent(name, {"retry": 1})
+    product.wait_phase("no", "WaitingInput")  # what a retry may reopen is planned anew, and waits for people
+    assert product.sql("SELECT name FROM app.intents") == [("no",)]
+    assert product.status("done")["phase"] == "Succeeded"
+    assert product.starts() == started, "the sandboxes' own count"
+
+
 def test_law_10_votes_of_the_old_store_do_not_count_in_the_new_one(product: Product) -> None:
     first = product.start()
     product.apply("waiting", "say hello")
@@ -187,3 +216,74 @@ def test_law_10_a_copy_from_before_the_intent_starts_nothing(product: Product) -
     store_behind(product, "later")
     nothing_started(product)
     assert sum(product.starts().values()) == 1
+
+
+def test_law_10_a_copy_from_the_middle_of_an_execution_runs_nothing_again(product: Product) -> None:
+    """The same store id, PENDING and ENQUEUED tasks, and a past that the copy does not know: its worker must not be faster than people."""
+    first = product.start()
+    product.apply("idle", "say hello")
+    product.wait_phase("idle", "WaitingInput")
+    product.apply("busy", "twenty short waits", limits={"parallelism": 4})
+    product.wait_phase("busy", "WaitingInput")
+    product.vote("busy")
+    product.wait(lambda: sum(product.starts().values()) >= 5, "some tasks have begun")
+    first.kill()
+    older, old = copy(product), store_id(product)
+    second = product.start()
+    product.wait_phase("busy", "Succeeded", seconds=60)
+    second.stop()
+    started = product.starts()
+
+    product.database = older
+    left = "SELECT count(*) FROM dbos.workflow_status WHERE status IN ('PENDING', 'ENQUEUED')"
+    assert product.sql(left)[0][0] > 0, "there is something to take up"
+    third = product.start()
+    for name in ("busy", "idle"):
+        store_behind(product, name)
+    assert "store is behind" in third.log.read_text()
+    assert store_id(product) != old, "an older copy is another store"
+    product.wait(lambda: product.sql(left) == [(0,)], "what was on the queues is taken up, and does nothing")
+    run = "SELECT r.status, r.reason FROM app.runs r JOIN app.intents i ON i.id = r.intent_id WHERE i.name = 'busy'"
+    assert product.sql(run) == [("failed", "ExecutionRefused")]
+    assert product.sql("SELECT count(*) FROM app.sbx_attempts WHERE state = 'created'") == [(0,)]
+    assert product.status("busy")["phase"] == "Succeeded", "people still read what was done"
+    assert product.starts() == started, "the sandboxes' own count"
+
+    for name in ("busy", "idle"):
+        assert acknowledge(product, name).returncode == 0
+    busy = product.wait_phase("busy", "Failed")
+    assert busy["reason"] == "ExecutionRefused"
+    assert "older copy" in product.condition("busy", "Finished")["message"]
+    assert product.starts() == started
+    product.wait(lambda: product.condition("idle", "Stalled") == {}, "this store's Intent now")
+    product.vote("idle")
+    product.wait_phase("idle", "Succeeded")
+    assert sum(product.starts().values()) == sum(started.values()) + 1
+    product.assert_once()
+
+
+def test_law_10_a_restart_on_the_same_database_is_no_other_store(product: Product) -> None:
+    first = product.start()
+    product.apply("w", "say hello")
+    product.wait_phase("w", "WaitingInput")
+    here = store_id(product)
+    first.kill()
+    second = product.start()
+    assert store_id(product) == here
+    product.vote("w")
+    product.wait_phase("w", "Succeeded")
+    assert "store is behind" not in second.log.read_text()
+
+
+def test_law_10_a_worker_of_its_own_begins_when_a_controller_has_compared(product: Product) -> None:
+    product.start(program=("-m", "controller", "run", "--role", "controller"), POD_NAME="control")
+    product.apply("w", "say hello")
+    product.wait(lambda: product.sql("SELECT status FROM app.runs") == [("queued",)], "nobody works")
+    before = product.sql("SELECT compared_at FROM app.store_mark")
+    worker = product.start(program=("-m", "controller", "run", "--role", "worker"), POD_NAME="work")
+    assert product.sql("SELECT compared_at FROM app.store_mark") > before, "it was not content with the last one"
+    assert "worker ready" in worker.log.read_text()
+    product.wait_phase("w", "WaitingInput")
+    product.vote("w")
+    product.wait_phase("w", "Succeeded")
+    product.assert_once()

@@ -177,6 +177,12 @@ def test_nobody_but_the_migration_changes_the_store_or_its_history(database: str
         assert not any(may(database, role, right, table) for right in ("INSERT", "UPDATE", "DELETE"))
 
 
+def test_a_worker_neither_opens_its_own_door_nor_makes_another_store(database: str) -> None:
+    assert may(database, "controller", "UPDATE", "store_mark") and not may(database, "worker", "UPDATE", "store_mark")
+    calls: LiteralString = "SELECT has_function_privilege(%s, 'app.another_store(text)', 'EXECUTE')"
+    assert [one(database, calls, f"sisukodo_{role}") for role in ("controller", "worker")] == [True, False]
+
+
 def test_a_worker_cannot_start_an_intent(database: str) -> None:
     assert not may(database, "worker", "INSERT", "intents") and may(database, "controller", "INSERT", "intents")
 

@@ -24,6 +24,7 @@ from controller.ports import Workspace
 from controller.workspace import GitWorkspace, Limits
 from devcluster.gitserver import GitServer
 from tests.support.memory_workspace import MemoryWorkspace
+from tests.support.repositories import blob, branch, commit_files, git, tree
 
 FILES = {
     "README.md": "# demo\n",
@@ -31,39 +32,6 @@ FILES = {
     "src/ünï.txt": "grüße\n",
 }
 EVIL = "evil.git"
-
-
-def git(directory: Path, *args: str, stdin: bytes = b"") -> str:
-    who = {f"GIT_{role}_{key}": "t@example.invalid" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
-    dates = {f"GIT_{role}_DATE": "1700000000 +0000" for role in ("AUTHOR", "COMMITTER")}
-    environ = {**who, **dates, "PATH": os.environ["PATH"], "HOME": "/dev/null", "GIT_DIR": str(directory)}
-    done = subprocess.run(["git", *args], input=stdin, env=environ, capture_output=True, check=True)
-    return done.stdout.decode().strip()
-
-
-def blob(directory: Path, content: bytes) -> str:
-    return git(directory, "hash-object", "-w", "--stdin", stdin=content)
-
-
-def tree(directory: Path, entries: dict[str, tuple[str, str]]) -> str:
-    """A tree of name → (mode, object id), with any names: nothing checks them."""
-    rows = [
-        f"{mode.lstrip('0')} {name}\0".encode() + bytes.fromhex(oid) for name, (mode, oid) in sorted(entries.items())
-    ]
-    return git(directory, "hash-object", "-t", "tree", "-w", "--literally", "--stdin", stdin=b"".join(rows))
-
-
-def branch(directory: Path, name: str, entries: dict[str, tuple[str, str]]) -> str:
-    commit = git(directory, "commit-tree", tree(directory, entries), "-m", name)
-    git(directory, "update-ref", f"refs/heads/{name}", commit)
-    return commit
-
-
-def commit_files(directory: Path, files: dict[str, str], *, name: str = "main") -> str:
-    stream = [f"commit refs/heads/{name}\ncommitter T <t@example.invalid> 1700000000 +0000\ndata 0\ndeleteall\n"]
-    stream += [f'M 100644 inline "{path}"\ndata {len(text.encode())}\n{text}\n' for path, text in files.items()]
-    git(directory, "fast-import", "--quiet", "--force", stdin="".join(stream).encode())
-    return git(directory, "rev-parse", f"refs/heads/{name}")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -69,13 +69,16 @@ class FakeCluster:
 
     # ------------------------------------------------------------------ KubeCluster
 
-    async def intents(self) -> Sequence[Object]:
+    async def intents(self) -> AsyncIterator[Object]:
         self._called("intents")
-        return [copied(o) for o in self._all("intents") if o["metadata"]["uid"] not in self.hidden]
+        for o in self._all("intents"):
+            if o["metadata"]["uid"] not in self.hidden:
+                yield copied(o)
 
-    async def approvals(self) -> Sequence[Object]:
+    async def approvals(self) -> AsyncIterator[Object]:
         self._called("approvals")
-        return [copied(o) for o in self._all("planapprovals")]
+        for o in self._all("planapprovals"):
+            yield copied(o)
 
     async def list_all(self, resource: str) -> Sequence[Object]:
         self._called("list_all")

@@ -375,9 +375,11 @@ def worlds(draw: st.DrawFn) -> World:
         **draw(st.sampled_from([{}, {"cancel": True}, {"suspend": True}])),
         **draw(st.sampled_from([{}, {"retry": 1}, {"retry": 2}])),
     }
-    status = draw(
+    status: dict[str, Any] = draw(
         st.sampled_from([{}, {"storeId": STORE}, {"storeId": STORE, "runId": "r"}, {"storeId": "other", "runId": "r"}])
     )
+    if "runId" in status:
+        status = {**status, "phase": draw(st.sampled_from(Status)).phase, "observedRetry": draw(st.integers(0, 2))}
     of = intent(
         spec,
         status=status,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from controller.core.contract import CompileTurn
 from controller.core.digest import canonical
 from controller.core.errors import InvalidPlan
 from controller.core.junit import summary
+from controller.main import RECURSION_LIMIT
 from controller.workflows.compile import validate
 
 TEXT = st.text(st.characters(), max_size=30)  # surrogates included: JSON can carry them
@@ -85,6 +89,67 @@ def test_law_13_any_place_of_a_plan_may_hold_anything(path: tuple[Any, ...], new
         canonical(turn.model_dump(mode="json", by_alias=True)).decode()  # what is valid can be hashed, stored and shown
         for task in turn.plan.tasks if turn.plan is not None else ():
             assert visible.first_hidden(task.title + task.command) is None
+
+
+def nested(levels: int, *, objects: bool) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = {"a": value} if objects else [value]
+    return value
+
+
+@pytest.fixture
+def as_deep_as_the_product() -> Iterator[None]:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    yield
+    sys.setrecursionlimit(before)
+
+
+HARD = {
+    "300 lists": nested(300, objects=False),
+    "5000 lists": nested(5000, objects=False),
+    "25000 objects": nested(25_000, objects=True),
+    "4000 digits": 10**4000,
+    "minus 4000 digits": -(10**4000),
+    "2^63": 2**63,
+    "infinity": float("inf"),
+    "no number": float("nan"),
+    "a float that is whole": 1.0,
+    "a truth": True,
+    "a megabyte": "x" * 1_000_000,
+    "a hidden megabyte": "\u202e" * 1_000_000,
+    "50000 keys": {str(n): n for n in range(50_000)},
+    "50000 items": list(range(50_000)),
+    "an odd key": {"\ud800": 1},
+    "a key with NUL": {"a\0b": 1},
+}
+
+
+@pytest.mark.usefixtures("as_deep_as_the_product")
+@pytest.mark.parametrize("value", HARD.values(), ids=HARD.keys())
+def test_law_13_a_hard_value_in_any_place_of_an_answer_is_refused_or_carried(value: Any) -> None:
+    for path in (*paths(PLAN), ("plan", "more"), ("plan", "tasks", 0, "more")):
+        turn = answer(put(PLAN, path, value))
+        if turn is not None:
+            canonical(turn.model_dump(mode="json", by_alias=True)).decode()
+
+
+@given(
+    st.integers(0, len(json.dumps(PLAN))),
+    st.sampled_from(["", "}", ',"goal":"other"}', ',"plan":null}', "]}}", "\x00", "\\ud800"]),
+)
+@settings(max_examples=200)
+def test_law_13_an_answer_that_was_cut_or_says_things_twice_is_one_turn_or_none(at: int, then: str) -> None:
+    """A key that comes twice means its last value, everywhere: there is one decoder, and what it gives is checked, hashed and shown."""
+    try:
+        said = json.loads(json.dumps(PLAN)[:at] + then)
+    except ValueError:
+        return
+    turn = answer(said)
+    if turn is not None:
+        assert turn.plan is not None and turn.plan.goal == said["plan"]["goal"]
+        assert answer(json.loads(turn.model_dump_json(by_alias=True, exclude_none=True))) == turn
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.lists(st.sampled_from("abcdef"), max_size=3)), max_size=6))

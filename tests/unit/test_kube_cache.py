@@ -80,3 +80,30 @@ def test_what_is_lost_is_gone() -> None:
     cache.lost_approval(thing(2))
     assert cache.intent("u") is None and cache.approval("ns", "n") is None and list(cache.intents()) == []
     cache.lost_intent("u")
+
+
+def approval(version: int, *, decisions: list[Any], decision: str = "Pending") -> dict[str, Any]:
+    spec = {"intent": {"uid": "i"}, "plan": {"digest": "d", "design": ["long"]}, "policy": {}, "decisions": decisions}
+    return {**thing(version), "spec": spec, "status": {"decision": decision}}
+
+
+def test_a_plan_is_kept_in_full_only_while_votes_on_it_are_to_be_judged() -> None:
+    cache = Cache()
+    kept = []
+    for version, (decisions, decision) in enumerate(
+        [([], "Pending"), (["vote"], "Pending"), (["vote"], "Approved")], 1
+    ):
+        cache.saw_approval(approval(version, decisions=decisions, decision=decision))
+        found = cache.approval("ns", "n")
+        assert found is not None
+        assert (found["spec"]["plan"]["digest"], found["spec"]["decisions"]) == ("d", decisions)
+        kept.append("design" in found["spec"]["plan"])
+    assert kept == [False, True, False]
+
+
+def test_what_was_seen_is_known() -> None:
+    cache = Cache()
+    assert not cache.knows("intents", thing(1)) and not cache.knows("planapprovals", thing(1))
+    cache.saw_intent(thing(1))
+    cache.saw_approval(thing(1))
+    assert cache.knows("intents", thing(2)) and cache.knows("planapprovals", thing(2))

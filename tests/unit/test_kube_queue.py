@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from controller.core.errors import Conflict, Unavailable
-from controller.kube.queue import FIRST_DELAY, MAX_DELAY, WorkQueue
+from controller.kube.queue import FEW, FIRST_DELAY, MAX_DELAY, SHARE, WorkQueue
 
 
 @contextlib.asynccontextmanager
@@ -156,3 +156,59 @@ async def test_every_key_is_handled_when_there_are_more_than_workers() -> None:
             queue.add(str(n))
         await until(lambda: len(queue) == 0)
     assert len(handled) == 500 and set(handled.values()) == {1}
+
+
+async def order(add: Callable[[WorkQueue], None], count: int) -> list[str]:
+    """In which order one worker handles what was added before it began."""
+    handled: list[str] = []
+
+    async def handle(key: str) -> None:
+        handled.append(key)
+
+    queue = WorkQueue(handle, workers=1)
+    add(queue)
+    assert len(queue) == count
+    running = asyncio.create_task(queue.run())
+    await until(lambda: len(handled) == count)
+    running.cancel()
+    return handled
+
+
+async def test_what_somebody_waits_for_comes_before_what_can_wait() -> None:
+    def add(queue: WorkQueue) -> None:
+        queue.add("new", urgent=False)
+        queue.add("both", urgent=False)
+        queue.add("vote")
+        queue.add("both")
+        queue.add("vote", urgent=False)
+
+    assert await order(add, 3) == ["vote", "both", "new"]
+
+
+async def test_what_can_wait_does_not_wait_for_ever() -> None:
+    def add(queue: WorkQueue) -> None:
+        queue.add("patient", urgent=False)
+        for n in range(3 * SHARE):
+            queue.add(str(n))
+
+    assert (await order(add, 3 * SHARE + 1)).index("patient") == SHARE - 1
+
+
+async def test_few_workers_serve_what_can_wait_and_the_others_stay_free() -> None:
+    let_go = asyncio.Event()
+    busy: list[str] = []
+
+    async def handle(key: str) -> None:
+        busy.append(key)
+        await let_go.wait()
+
+    async with working(handle, workers=2 * FEW) as queue:
+        for n in range(2 * FEW):
+            queue.add(f"new{n}", urgent=False)
+        await asyncio.sleep(0.02)
+        assert len(busy) == 2
+        queue.add("vote")
+        await until(lambda: "vote" in busy)
+        let_go.set()
+        await until(lambda: len(queue) == 0)
+    assert len(busy) == 2 * FEW + 1
