@@ -23,7 +23,7 @@ test: setup ## every test that fits into 12 minutes
 	@$(RUN) ruff check -q .
 	@$(RUN) mypy
 	@$(RUN) lint-imports --no-cache
-	@$(RUN) pytest -q -m "not slow"
+	@$(RUN) pytest -q -n 3 --dist loadfile -m "not slow"
 
 .PHONY: check
 check: ## format, lint, types, import contracts and unit tests, in under a minute
@@ -39,7 +39,7 @@ quick: ## unit and component tests only
 
 .PHONY: full
 full: setup ## everything, the slow lanes included
-	@$(RUN) pytest -q
+	@$(RUN) pytest -q -n 3 --dist loadfile
 
 .PHONY: bench
 bench: setup ## measure latency, throughput and fan-out beside the machine's own limits
