@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
-from devcluster.bench import bare, machine, product
+from devcluster.bench import bare, load, machine, product, report
 from devcluster.bench.costs import Meter
 from devcluster.bench.numbers import Row
 from devcluster.bench.people import NAMESPACE
-from devcluster.bench.progress import elapsed, say, show
-from devcluster.errors import DevclusterError
+from devcluster.bench.progress import say
 from devcluster.processes import tail
 from devcluster.stack import Stack
 
@@ -136,7 +127,13 @@ class Bench:
         return rows
 
 
+app = typer.Typer(add_completion=False)
+app.command("load")(load.main)
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     only: Annotated[
         list[Section] | None, typer.Option(help="Measure just this; may repeat. Default: everything.")
     ] = None,
@@ -153,6 +150,8 @@ def main(
     to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there, too.")] = None,
 ) -> None:
     """Measure latency, throughput and fan-out beside the machine's own limits, on a stack of its own."""
+    if context.invoked_subcommand is not None:
+        return
     base = QUICK if quick else Sizes()
     sizes = Sizes(
         probes=base.probes,
@@ -170,72 +169,19 @@ def main(
         seed=seed,
         settings=dict(one.split("=", 1) for one in setting or ()),
     )
-    _report(choice, to)
+    report.run(partial(_measure, choice), to)
 
 
-def _report(choice: Choice, to: Path | None) -> None:
-    # SIGTERM cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    try:
-        done, facts = _measure(choice)
-    except KeyboardInterrupt:
-        say("interrupted; everything that was started is stopped")
-        raise typer.Exit(130) from None
-    except DevclusterError as e:
-        say(f"bench: {e}")
-        raise typer.Exit(1) from e
-    show(done.sections, title=", ".join(f"{name} {value}" for name, value in facts.items()))
-    if to is not None:
-        to.write_text(json.dumps(_json(done, facts), indent=1) + "\n")
-
-
-def _measure(choice: Choice) -> tuple[Bench, dict[str, str]]:
-    facts = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **_machine_facts(), "load before": _load()}
+def _measure(choice: Choice, facts: dict[str, str]) -> report.Result:
     facts |= choice.settings
     say("control plane and PostgreSQL (fsync on), from nothing")
-    with _stack() as stack:
+    with report.own_stack() as stack:
         done = Bench(stack, choice)
         done.run()
-        facts |= {"load after": _load(), "took": f"{elapsed():.0f} s"}
+        facts |= report.after()
         say("stopping")
-    return done, facts
-
-
-@contextmanager
-def _stack() -> Iterator[Stack]:
-    """A stack in a temporary directory; both are gone afterwards."""
-    state = Path(tempfile.mkdtemp(prefix="sisu-kodo-bench-"))
-    stack = Stack(state, fsync=True)
-    try:
-        with stack:
-            yield stack
-    finally:
-        if stack.postgres is not None and not stack.postgres.running:
-            stack.postgres.wipe()
-        shutil.rmtree(state, ignore_errors=True)
-
-
-def _machine_facts() -> dict[str, str]:
-    return {
-        "CPUs": str(len(os.sched_getaffinity(0))),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "Python": sys.version.split()[0],
-    }
-
-
-def _load() -> str:
-    return " ".join(f"{x:.1f}" for x in os.getloadavg())
-
-
-def _json(done: Bench, facts: dict[str, str]) -> dict[str, Any]:
-    fields = ("key", "value", "unit", "goal", "verdict", "note")
-    rows = [
-        {"section": name, **{f: getattr(row, f) for f in fields}}
-        for name, rows in done.sections.items()
-        for row in rows
-    ]
-    return {"facts": facts, "rows": rows, **done.details}
+    return report.Result(done.sections, done.details)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

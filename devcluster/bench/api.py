@@ -10,7 +10,7 @@ import base64
 import json
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,14 @@ _EPOCH = time.time() - time.perf_counter()
 def now() -> float:
     """Seconds since 1970, steady, and comparable with PostgreSQL's clock on the same machine."""
     return _EPOCH + time.perf_counter()
+
+
+class Refused(DevclusterError):
+    """The server answered, but not with success."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Api:
@@ -64,7 +72,7 @@ class Api:
         async with self._session.request(verb, path, data=data, headers={"Content-Type": content_type}) as answer:
             text = await answer.text()
             if answer.status >= 300:
-                raise DevclusterError(f"{verb} {path}: {answer.status}: {text[:500]}")
+                raise Refused(f"{verb} {path}: {answer.status}: {text[:500]}", status=answer.status)
             return json.loads(text)
 
     async def create_intent(self, namespace: str, name: str, spec: Mapping[str, Any]) -> Any:
@@ -94,8 +102,18 @@ class Api:
         """An answer whose body is read as it comes."""
         answer = await self._session.get(path, timeout=aiohttp.ClientTimeout(total=None))
         if answer.status != 200:
-            raise DevclusterError(f"GET {path}: {answer.status}: {(await answer.text())[:500]}")
+            raise Refused(f"GET {path}: {answer.status}: {(await answer.text())[:500]}", status=answer.status)
         return answer
+
+    async def pages(self, path: str) -> AsyncIterator[dict[str, Any]]:
+        """A list, page by page."""
+        token = ""
+        while True:
+            page = await self.send("GET", f"{path}?limit=500&continue={token}")
+            yield page
+            token = page["metadata"].get("continue") or ""
+            if not token:
+                return
 
 
 @dataclass(frozen=True)
@@ -108,19 +126,18 @@ class Sight:
 
 
 class Phases:
-    """`async with Phases(api, namespace) as seen`: one watch, remembered per Intent and phase."""
+    """`async with Phases(api, namespace) as seen`: one watch, remembered per Intent and phase; a lasting one survives breaks."""
 
-    def __init__(self, api: Api, namespace: str) -> None:
+    def __init__(self, api: Api, namespace: str, *, lasting: bool = False) -> None:
         self._api, self._path = api, f"{RESOURCES}/namespaces/{namespace}/intents"
+        self._lasting = lasting
         self._seen: dict[str, list[Sight]] = {}
         self._changed: dict[str, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Phases:
         listed = await self._api.send("GET", f"{self._path}?limit=1")
-        version = listed["metadata"]["resourceVersion"]
-        answer = await self._api.lines(f"{self._path}?watch=1&resourceVersion={version}")
-        self._task = asyncio.create_task(self._read(answer))
+        self._task = asyncio.create_task(self._follow(await self._watch(listed["metadata"]["resourceVersion"])))
         return self
 
     async def __aexit__(
@@ -130,16 +147,62 @@ class Phases:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
+    async def _watch(self, version: str) -> aiohttp.ClientResponse:
+        return await self._api.lines(f"{self._path}?watch=1&resourceVersion={version}")
+
+    async def _follow(self, answer: aiohttp.ClientResponse) -> None:
+        while True:
+            try:
+                await self._read(answer)
+            except (aiohttp.ClientError, TimeoutError):
+                if not self._lasting:
+                    raise
+            if not self._lasting:
+                raise DevclusterError("the API server ended the watch")
+            answer = await self._again()
+
+    async def _again(self) -> aiohttp.ClientResponse:
+        """List, and watch from there, as soon as the API server answers."""
+        while True:
+            try:
+                async for page in self._api.pages(self._path):
+                    for obj in page["items"]:
+                        self._saw(now(), obj)
+                    version = page["metadata"]["resourceVersion"]
+                return await self._watch(version)
+            except (aiohttp.ClientError, TimeoutError, Refused):
+                await asyncio.sleep(0.1)
+
     async def _read(self, answer: aiohttp.ClientResponse) -> None:
         async with answer:
             async for line in answer.content:
                 at, event = now(), json.loads(line)
-                if event["type"] not in ("ADDED", "MODIFIED"):
-                    continue
-                name, status = event["object"]["metadata"]["name"], event["object"].get("status") or {}
-                self._seen.setdefault(name, []).append(Sight(at, status.get("phase", ""), status))
-                self._changed.setdefault(name, asyncio.Event()).set()
-        raise DevclusterError("the API server ended the watch")
+                if event["type"] == "ERROR":
+                    return
+                if event["type"] in ("ADDED", "MODIFIED"):
+                    self._saw(at, event["object"])
+
+    def _saw(self, at: float, obj: Mapping[str, Any]) -> None:
+        name, status = obj["metadata"]["name"], obj.get("status") or {}
+        self._seen.setdefault(name, []).append(Sight(at, status.get("phase", ""), status))
+        self._changed.setdefault(name, asyncio.Event()).set()
+
+    def first(self, name: str, phase: str) -> float | None:
+        """When this Intent was first seen in this phase, if it was."""
+        return next((sight.at for sight in self._seen.get(name, ()) if sight.phase == phase), None)
+
+    def told(self, name: str) -> float:
+        """When this Intent was first seen with a status. Raises StopIteration when it never was."""
+        return next(sight.at for sight in self._seen[name] if sight.phase)
+
+    def news(self) -> list[float]:
+        """When any Intent was seen in a phase that it had not been in before."""
+        return sorted(
+            at
+            for name, sights in self._seen.items()
+            for phase in {sight.phase for sight in sights}
+            if (at := self.first(name, phase)) is not None
+        )
 
     def versions(self, name: str) -> int:
         """How many versions of this Intent the watch has shown."""
