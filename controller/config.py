@@ -58,6 +58,25 @@ class Settings(BaseModel):
     sbx_toolchains: str = Field(
         "", alias="SBX_TOOLCHAINS", description="manifests of local toolchains, separated by ':'"
     )
+    sbx_e2b_templates: str = Field(
+        "",
+        alias="SBX_E2B_TEMPLATES",
+        pattern=r"^[a-z0-9][a-z0-9-]*=[A-Za-z0-9_-]+(,[a-z0-9][a-z0-9-]*=[A-Za-z0-9_-]+)*$",
+        description="templates and their ids at E2B, e.g. python=abc123,base=def456 (SBX_PROVIDER=e2b)",
+    )
+    e2b_api_key: str = Field(
+        "", alias="E2B_API_KEY", repr=False, description="the team's API key at E2B (SBX_PROVIDER=e2b)"
+    )
+    e2b_domain: str = Field("e2b.app", alias="E2B_DOMAIN", min_length=1, description="a host name, e.g. e2b.app")
+    e2b_api_url: str | None = Field(
+        None,
+        alias="E2B_API_URL",
+        pattern=r"^https?://\S+$",
+        description="an http or https URL, e.g. https://api.e2b.app",
+    )
+    e2b_sandbox_url: str | None = Field(
+        None, alias="E2B_SANDBOX_URL", pattern=r"^https?://\S+$", description="an http or https URL for all sandboxes"
+    )
     sbx_start_log: Path | None = Field(
         None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
     )
@@ -121,6 +140,12 @@ class Settings(BaseModel):
     def toolchains(self) -> tuple[Path, ...]:
         """SBX_TOOLCHAINS as paths."""
         return tuple(Path(one) for one in self.sbx_toolchains.split(":") if one)
+
+    @property
+    def e2b_templates(self) -> dict[str, str]:
+        """SBX_E2B_TEMPLATES as our name → E2B's template id."""
+        pairs = (one.split("=", 1) for one in self.sbx_e2b_templates.split(",") if one)
+        return {name: template for name, template in pairs}
 
 
 # opencode.json takes these values in as they are, and looks for {env:…} and {file:…} in the result.

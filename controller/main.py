@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from controller import metrics
@@ -35,6 +36,8 @@ from controller.roles.control import Controller
 from controller.roles.opening import Opening
 from controller.roles.worker import DRAIN_SECONDS, Worker
 from controller.sbx import templates
+from controller.sbx.e2b import E2BProvider
+from controller.sbx.e2b_api import Account
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
 from controller.workspace.workspace import GitWorkspace
@@ -119,20 +122,40 @@ def _agent(settings: Settings) -> AgentServer:
 def _sandboxes(settings: Settings) -> SandboxProvider:
     if settings.sbx_mode == "mock":
         return MockProvider(start_log=settings.sbx_start_log)
+    if settings.sbx_provider == "e2b":
+        return _e2b(settings)
     if settings.sbx_provider != "local":
-        raise ConfigError(f"SBX_PROVIDER holds {settings.sbx_provider!r}; this build has: local")
+        raise ConfigError(f"SBX_PROVIDER holds {settings.sbx_provider!r}; this build has: e2b, local")
     manifests = [templates.load(path) for path in settings.toolchains]
     return LocalProvider(
         state_root=settings.sbx_root,
         templates=[templates.base(), *manifests],
         start_log=settings.sbx_start_log,
-        observe=_observe_local,
+        observe=partial(_observe_stage, "local"),
     )
 
 
-def _observe_local(stage: str, seconds: float) -> None:
+def _e2b(settings: Settings) -> SandboxProvider:
+    for name, value in (("E2B_API_KEY", settings.e2b_api_key), ("SBX_E2B_TEMPLATES", settings.sbx_e2b_templates)):
+        if not value:
+            raise ConfigError(f"{name} is not set; SBX_PROVIDER=e2b needs it (docs/configuration.md)")
+    account = Account(
+        key=settings.e2b_api_key,
+        domain=settings.e2b_domain,
+        api_url=settings.e2b_api_url,
+        sandbox_url=settings.e2b_sandbox_url,
+    )
+    return E2BProvider(
+        account,
+        templates=settings.e2b_templates,
+        start_log=settings.sbx_start_log,
+        observe=partial(_observe_stage, "e2b"),
+    )
+
+
+def _observe_stage(provider: str, stage: str, seconds: float) -> None:
     if stage != "total":  # the total is observed by TaskWF, with its outcome
-        metrics.SANDBOX_SECONDS.labels("local", stage, "").observe(seconds)
+        metrics.SANDBOX_SECONDS.labels(provider, stage, "").observe(seconds)
 
 
 def product_version() -> str:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,15 @@ MAX_REMARKS = 10
 
 def choose(directory: Path, *, caps: Caps) -> Choice:
     """Regular files in name order until a cap is reached. No process of the task may be alive."""
-    paths: list[str] = []
     remarks: list[str] = []
+    return pick(_regular_files(directory, remarks), remarks, caps=caps)
+
+
+def pick(files: Iterable[tuple[str, int]], remarks: list[str], *, caps: Caps) -> Choice:
+    """The same from (path, size) of regular files, wherever they were listed. `remarks` may grow while they are read."""
+    paths: list[str] = []
     total = 0
-    for path, size in _regular_files(directory, remarks):
+    for path, size in files:
         reason = _unwanted(path, size, caps)
         if reason is None and (len(paths) >= caps.files or total + size > caps.total_bytes):
             reason = f"over {caps.files} files or {caps.total_bytes} bytes in all"

@@ -17,21 +17,20 @@ from pathlib import Path
 from controller.core.contract import ErrCode, Metrics, SBXReq, SBXRes
 from controller.core.errors import InvalidIntent, Unavailable
 from controller.core.model import Artifact, Chunk, Owner
-from controller.sbx import jail
-from controller.sbx.artifacts import Caps, index
+from controller.sbx import jail, result
+from controller.sbx.artifacts import Caps
 from controller.sbx.boxes import Box, Boxes, NoFreeUid
 from controller.sbx.limits import Cgroup, CgroupTree, rlimits
 from controller.sbx.output import STREAM_LIMIT, Capture
 from controller.sbx.run import Cell
 from controller.sbx.spawn import Launcher
-from controller.sbx.task import Task, Verdict
+from controller.sbx.task import COLLECTED, Task, Verdict, settle
 from controller.sbx.templates import Catalog, Template, base
 from controller.sbx.uploads import Verifier, log_start
 
 log = logging.getLogger(__name__)
 UIDS = range(200_000, 200_064)
 UID_WAIT_SECONDS = 30.0
-MAX_COMMAND = 65_536
 TOOLS = tuple(Path("/usr/bin") / name for name in ("prlimit", "tar", "git", "env", "du"))
 
 
@@ -99,17 +98,7 @@ class LocalProvider:
         template = self._catalog.find(request.env_ref)
         if template is None:
             raise InvalidIntent("spec.sandbox.template", f"{request.env_ref} is not what this host has now")
-        workdir = request.workdir or jail.WORKSPACE
-        if workdir != jail.WORKSPACE and (
-            os.path.normpath(workdir) != workdir or not workdir.startswith(f"{jail.WORKSPACE}/")
-        ):
-            raise InvalidIntent("spec.sandbox", f"the working directory {workdir!r} is not in {jail.WORKSPACE}")
-        if len(request.cmd) > MAX_COMMAND or any("=" in name or not name for name in request.env):
-            raise InvalidIntent(
-                "spec.sandbox", f"a command over {MAX_COMMAND} characters, or a variable without a name"
-            )
-        if not all(map(_is_plain, (request.cmd, *request.env, *request.env.values()))):
-            raise InvalidIntent("spec.sandbox", "the command or a variable holds a NUL or is not Unicode text")
+        result.check(request)
         return template
 
     def run(
@@ -125,22 +114,10 @@ class LocalProvider:
         capture = Capture(emit, limit=self._output_limit)
         facts = _Facts()
         verdict, found = self._attempt(request, owner, files, capture, canceled, facts)
-        if verdict.note:
-            capture.note(verdict.note)
         wall = time.monotonic() - started
         self._observe("total", wall)
         metrics = Metrics(wall_ms=round(wall * 1000), cpu_ms=facts.cpu_ms, mem_peak_mb=facts.peak_mb)
-        result = SBXRes(
-            exit=verdict.exit,
-            stdout=capture.tail("stdout"),
-            stderr=capture.tail("stderr"),
-            files_out=index(found),
-            metrics=metrics,
-            sandbox_ref=facts.ref,
-            err_code=verdict.code,
-            task_key=owner.task_key,
-        )
-        return result, found
+        return result.response(verdict, found, capture=capture, metrics=metrics, ref=facts.ref, owner=owner), found
 
     def kill(self, owner: Owner) -> int:
         count = 0
@@ -192,14 +169,11 @@ class LocalProvider:
             return verdict, ()
         with self._timed("command"):
             verdict = task.command()
-        if verdict.code not in (ErrCode.NONE, ErrCode.CMD_NONZERO, ErrCode.TIMEOUT, ErrCode.OOM):
+        if verdict.code not in COLLECTED:
             return verdict, ()
         with self._timed("collect"):
             found, trouble = task.collect()
-        if trouble is not None and verdict.code is not ErrCode.NONE and trouble.code is not ErrCode.LOST:
-            task.capture.note(trouble.note or trouble.code.value)  # the command's own failure is the outcome
-            trouble = None
-        return trouble or verdict, found
+        return settle(verdict, trouble, task.capture.note), found
 
     @contextmanager
     def _task(
@@ -275,11 +249,6 @@ def _lives(box: Box) -> bool:
         return not box.abandoned() or box.jail_lives()
     except FileNotFoundError:
         return False
-
-
-def _is_plain(text: str) -> bool:
-    """Whether it can be an argument: a lone surrogate has no bytes, and a NUL would end it."""
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _must_be_traversable(paths: Sequence[Path]) -> None:

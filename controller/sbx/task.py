@@ -21,6 +21,7 @@ from controller.sbx.run import Cell, Result, Sink, Stop
 UPLOAD_SECONDS = 120.0
 COLLECT_SECONDS = 60.0
 CANCEL_SECONDS = 0.5  # between two questions whether the task is canceled
+COLLECTED = (ErrCode.NONE, ErrCode.CMD_NONZERO, ErrCode.TIMEOUT, ErrCode.OOM)  # outputs are fetched after these
 STOP_CODES = {Stop.TIMEOUT: ErrCode.TIMEOUT, Stop.CANCELED: ErrCode.CANCELED, Stop.KILLED: ErrCode.LOST}
 
 # tar refuses `..` by itself and strips a leading slash; being inside the jail, even a planted link leads nowhere.
@@ -159,6 +160,14 @@ class Task:
             return Stop.DISK if gauge is not None and gauge.exceeded() else None
 
         return watch
+
+
+def settle(verdict: Verdict, trouble: Verdict | None, note: Callable[[str], None]) -> Verdict:
+    """The outcome when collecting had trouble: the command's own failure comes first, unless the sandbox was lost."""
+    if trouble is not None and verdict.code is not ErrCode.NONE and trouble.code is not ErrCode.LOST:
+        note(trouble.note or trouble.code.value)
+        trouble = None
+    return trouble or verdict
 
 
 def _keep(buffer: bytearray, data: bytes, room: int) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -25,8 +26,14 @@ from controller.core.contract import Egress, ErrCode, FileIn, Limits, SBXReq, SB
 from controller.core.errors import InvalidIntent
 from controller.core.model import Artifact, Chunk, Owner
 from controller.ports import SandboxProvider
+from controller.sbx import templates
+from controller.sbx.e2b import E2BProvider
+from controller.sbx.e2b_api import Account
+from controller.sbx.limits import CgroupTree
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
+from devcluster.e2b.api import Server, application
+from devcluster.e2b.host import Host
 
 STORE = "store-1"
 FENCES = count(1)
@@ -139,7 +146,31 @@ def open_directory() -> Path:
     return path
 
 
-@pytest.fixture(params=["mock", "local"])
+@contextmanager
+def e2b_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, Server]]:
+    """The e2b provider, the unmodified SDK, and the local server behind it."""
+    cgroups = f"sisu-kodo-e2b-{os.getpid()}"
+    host = Host(root / "state", templates={"tmplbase": templates.base()}, cgroups=cgroups)
+    try:
+        with Server(application(host, key="e2b_test", page=2)) as server:
+            account = Account(key="e2b_test", domain="e2b.invalid", api_url=server.url, sandbox_url=server.url)
+            provider = E2BProvider(
+                account,
+                templates={"base": "tmplbase"},
+                start_log=root / "starts",
+                output_limit=OUTPUT_LIMIT,
+                **options,
+            )
+            yield Kit(provider=provider, start_log=root / "starts"), server
+            assert server.host.sandboxes == {}, "no box is left on the server"
+            provider.close()
+        assert list((root / "state" / "boxes").iterdir()) == []
+    finally:
+        for directory in CgroupTree.find(parent=cgroups).roots:
+            directory.rmdir()
+
+
+@pytest.fixture(params=["mock", "local", "e2b"])
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     root = open_directory()
     start_log = root / "starts"
@@ -148,6 +179,9 @@ def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
             yield Kit(
                 provider=MockProvider(start_log=start_log, output_limit=OUTPUT_LIMIT), start_log=start_log, real=False
             )
+        elif request.param == "e2b":
+            with e2b_kit(root) as (found, _):
+                yield found
         else:
             local = LocalProvider(
                 state_root=root / "state", start_log=start_log, output_limit=OUTPUT_LIMIT, grace_seconds=0.5
@@ -186,8 +220,9 @@ def test_streams_arrive_in_order_and_apart(kit: Kit) -> None:
 
 
 def test_output_is_there_before_the_end(kit: Kit) -> None:
-    join = kit.begin("echo early; sleep 0.5; echo late")
-    eventually(lambda: any(b"early" in chunk.data for chunk in kit.live), seconds=0.45)
+    join = kit.begin("echo early; sleep 1; echo late")
+    eventually(lambda: any(b"early" in chunk.data for chunk in kit.live))
+    assert not any(b"late" in chunk.data for chunk in kit.live)
     assert join().text("stdout") == "early\nlate\n"
 
 

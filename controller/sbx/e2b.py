@@ -1,0 +1,302 @@
+"""Sandboxes at E2B, or at anything that speaks its API, through the unmodified e2b SDK: one fresh box per task.
+
+The SDK is imported on first use (0.9 s, 50 MB) and runs on an event loop in a thread of its own; callers are ordinary threads,
+and what they are told (`emit`, `canceled`) is called in theirs. docs/adr/0011 tells why things are done as they are done here.
+The SDK's transport may abort an interpreter that ends by itself: controller/main.py ends by os._exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from controller.core.contract import ErrCode, Metrics, SBXReq, SBXRes
+from controller.core.errors import InvalidIntent, SisuError, Unavailable
+from controller.core.model import Artifact, Chunk, Owner
+from controller.sbx import e2b_api, e2b_errors, result
+from controller.sbx.artifacts import Caps
+from controller.sbx.e2b_api import Account, Api
+from controller.sbx.e2b_box import BoxTask, script
+from controller.sbx.e2b_calls import Bounds, JobCanceled, Loop, load
+from controller.sbx.e2b_run import Run
+from controller.sbx.output import STREAM_LIMIT, Capture
+from controller.sbx.task import COLLECTED, Verdict, settle
+from controller.sbx.uploads import Verifier, log_start
+
+if TYPE_CHECKING:
+    from e2b import AsyncSandbox
+
+log = logging.getLogger(__name__)
+MARGIN = 300  # seconds that a box may live beyond its task's time, for what comes before and after the command
+REFERENCE = re.compile(r"e2b:(?P<name>[^@/]+)@(?P<template>[^@/]+)/(?P<build>[^@/]+)")
+T = TypeVar("T")
+Attempted: TypeAlias = tuple[Verdict, list[Artifact]]
+
+
+class E2BProvider:
+    """Implements ports.SandboxProvider. Thread-safe; one instance per process is enough."""
+
+    def __init__(
+        self,
+        account: Account,
+        *,
+        templates: Mapping[str, str],
+        start_log: Path | None = None,
+        output_limit: int = STREAM_LIMIT,
+        caps: Caps | None = None,
+        bounds: Bounds | None = None,
+        observe: Callable[[str, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        """Asks nothing of E2B yet. `templates` are our names → E2B's template ids; `observe` as in local.py."""
+        self._templates, self._start_log, self._output_limit = dict(templates), start_log, output_limit
+        self._caps, self._bounds, self._observe = caps or Caps(), bounds or Bounds(), observe
+        self._api = Api(account, bounds=self._bounds)
+        self._verifier = Verifier()
+        self._runs: dict[tuple[str, int], Run] = {}
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+        self._loop = Loop("e2b")
+
+    @property
+    def name(self) -> str:
+        return "e2b"
+
+    def close(self) -> None:
+        """No call after it. Boxes that run are left to their own time limit."""
+        self._loop.close()
+
+    def resolve(self, template: str) -> str:
+        """`e2b:<name>@<template id>/<build id>`: E2B never changes a build, and a rebuilt template has another."""
+        if template not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise InvalidIntent("spec.sandbox.template", f"{template!r} is unknown here; there is: {known}")
+        wanted = self._templates[template]
+        load()
+        try:
+            build = self._loop.run(self._api.build(wanted))
+        except SisuError:
+            raise
+        except Exception as e:
+            raise e2b_errors.of_template(e, wanted) from e
+        return f"e2b:{template}@{wanted}/{build}"
+
+    def check(self, request: SBXReq) -> tuple[str, str]:
+        """Template id and build. Raises InvalidIntent when this provider cannot run the request as it is meant."""
+        e2b_api.network(request.egress)
+        result.check(request)
+        script(request, memory=True)
+        ref = REFERENCE.fullmatch(request.env_ref)
+        if ref is None or self._templates.get(ref["name"]) != ref["template"]:
+            raise InvalidIntent("spec.sandbox.template", f"{request.env_ref} is not what SBX_E2B_TEMPLATES names now")
+        return ref["template"], ref["build"]
+
+    def run(
+        self,
+        request: SBXReq,
+        *,
+        owner: Owner,
+        files: Mapping[str, bytes],
+        emit: Callable[[Chunk], None],
+        canceled: Callable[[], bool],
+    ) -> tuple[SBXRes, Sequence[Artifact]]:
+        started = time.monotonic()
+        capture = Capture(emit, limit=self._output_limit)
+        ref, found = "e2b:", list[Artifact]()
+        try:
+            template, build = self.check(request)
+        except InvalidIntent as e:
+            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
+        else:
+            if complaint := self._verifier.complaint(request, files):
+                verdict = Verdict(code=ErrCode.UPLOAD_FAIL, note=complaint)
+            else:
+                run = Run(
+                    request=request,
+                    owner=owner,
+                    files=files,
+                    capture=capture,
+                    template=template,
+                    build=build,
+                    limit=self._output_limit,
+                )
+                verdict, found = self._watched(run, canceled)
+                ref = run.ref
+        wall = time.monotonic() - started
+        self._observe("total", wall)
+        metrics = Metrics(wall_ms=round(wall * 1000))
+        return result.response(verdict, found, capture=capture, metrics=metrics, ref=ref, owner=owner), found
+
+    def kill(self, owner: Owner) -> int:
+        """See ports. Raises Unavailable when E2B does not tell: then nobody knows."""
+        with self._lock:
+            if run := self._runs.get((owner.store_id, owner.fence)):
+                run.killed = True  # should its box be in the making, it ends when it is made
+        known = run.ref.removeprefix("e2b:") if run else ""  # lists may lag behind
+        return _told(lambda: self._loop.run(self._api.kill_marked(owner, known=known)))
+
+    def owned(self, store_id: str) -> Sequence[Owner]:
+        boxes = _told(lambda: self._loop.run(self._api.found({e2b_api.STORE: store_id})))
+        owners = (e2b_api.owner_of(box.metadata) for box in boxes)
+        return [owner for owner in owners if owner is not None]
+
+    def _watched(self, run: Run, canceled: Callable[[], bool]) -> Attempted:
+        """In the caller's thread: passes output on and asks whether to stop, until the job is over."""
+        load()
+        key = (run.owner.store_id, run.owner.fence)
+        with self._lock:
+            self._runs[key] = run
+        job = self._loop.start(self._attempt(run))
+        try:
+            run.follow(job, canceled)
+            return job.result()
+        except JobCanceled:
+            return Verdict(code=ErrCode.CANCELED, note="ended: canceled"), []
+        finally:
+            if not job.done():  # the caller's own callbacks failed
+                job.cancel()
+                with contextlib.suppress(Exception):
+                    job.result()
+            with self._lock:
+                del self._runs[key]
+
+    async def _attempt(self, run: Run) -> Attempted:
+        """One box from making to killing."""
+        made = await self._made(run)
+        if isinstance(made, Verdict):
+            return made, []
+        run.ref = f"e2b:{made.sandbox_id}"
+        try:
+            verdict, found = await self._inside(made, run)
+        finally:
+            # In a task of its own: a cancel that comes now must not leave the box alive.
+            await asyncio.wait({self._loop.spawn(self._end(made.sandbox_id))})
+        if run.killed and verdict.code.retryable:
+            return Verdict(code=ErrCode.LOST, note="killed by its fence"), []
+        return verdict, found
+
+    async def _made(self, run: Run) -> AsyncSandbox | Verdict:
+        with self._timed("create"):
+            try:
+                return await self._create(run)
+            except asyncio.CancelledError:
+                await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+                raise
+            except Exception as e:  # noqa: BLE001 - translated, whatever it is
+                if e2b_errors.undecided(e):
+                    await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+                return e2b_errors.of_create(e)
+
+    async def _create(self, run: Run) -> AsyncSandbox:
+        """429 and 503 are load, not failure: waited out for a while."""
+        seconds = math.ceil(run.request.timeout_ms / 1000) + MARGIN
+        deadline, pause = time.monotonic() + self._bounds.busy, 0.5
+        while True:
+            try:
+                egress = e2b_api.network(run.request.egress)
+                return await self._api.create(run.template, owner=run.owner, seconds=seconds, egress=egress)
+            except Exception as e:
+                if not e2b_errors.busy(e) or time.monotonic() + pause > deadline or run.killed:
+                    raise
+            await asyncio.sleep(pause * (0.5 + random.random()))
+            pause = min(2 * pause, 8.0)
+
+    async def _inside(self, box: AsyncSandbox, run: Run) -> Attempted:
+        task = BoxTask(
+            box=box,
+            request=run.request,
+            bounds=self._bounds,
+            caps=self._caps,
+            say=run.say,
+            note=run.note,
+            log_start=lambda: log_start(self._start_log, run.owner),
+        )
+        with self._timed("upload"):
+            known = await self._known(box, run)
+            verdict = known if isinstance(known, Verdict) else await task.prepare() or await task.upload(run.files)
+        if verdict is None and run.killed:
+            verdict = Verdict(code=ErrCode.LOST, note="killed by its fence")
+        if verdict is not None:
+            return verdict, []
+        with self._timed("command"):
+            verdict = await task.command(memory=known is True)
+        if verdict.code not in COLLECTED or run.killed:
+            return verdict, []
+        with self._timed("collect"):
+            found, trouble = await task.collect()
+        return settle(verdict, trouble, run.note), found
+
+    async def _known(self, box: AsyncSandbox, run: Run) -> bool | Verdict:
+        """Whether the box has more memory than the task may take. A Verdict when it is not what was approved.
+
+        The build is asked for after the box was made: builds are only ever replaced by later ones, so that the approved one
+        being current now means that it was when the box was made.
+        """
+        try:
+            build, info = await asyncio.gather(self._api.build(run.template), self._api.info(box))
+        except InvalidIntent as e:
+            return Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
+        except Exception as e:  # noqa: BLE001 - translated, whatever it is
+            return e2b_errors.of_phase(e, otherwise=ErrCode.BOOT_FAIL)
+        limits, cpu_millis = run.request.limits, 1000 * info.cpu_count
+        if build != run.build or info.template_id != run.template:
+            now = f"template {info.template_id}, build {build}"
+            return Verdict(code=ErrCode.BOOT_FAIL, note=f"{run.request.env_ref} was approved; E2B now has {now}")
+        if info.memory_mb < limits.memory_mb or cpu_millis < limits.cpu_millis:
+            has = f"{info.cpu_count} CPUs and {info.memory_mb} MiB"
+            asked = f"{limits.cpu_millis}m CPU and {limits.memory_mb} MiB were asked for"
+            return Verdict(code=ErrCode.BOOT_FAIL, note=f"template {run.template} has {has}; {asked}")
+        if cpu_millis > limits.cpu_millis and run.template not in self._told:
+            self._told.add(run.template)  # once: E2B has no CPU limit but the template's
+            log.info("e2b_cpu_limit", extra={"template": run.template, "cpus": info.cpu_count})
+        return info.memory_mb > limits.memory_mb
+
+    async def _end(self, sandbox_id: str) -> None:
+        """Kills the box. When E2B does not answer, its own time limit does it."""
+        for _ in range(2):
+            try:
+                await self._api.kill(sandbox_id)
+                return
+            except Exception as e:  # noqa: BLE001 - told, and tried once more
+                log.warning("e2b_kill_failed", extra={"sandbox": sandbox_id, "error": e2b_errors.told(e)})
+
+    async def _sweep(self, owner: Owner) -> None:
+        """A create had no answer: a look at once, and, should it have come to nothing, more of them in the background."""
+        if not await self._swept(owner):
+            self._loop.spawn(self._sweep_on(owner))
+
+    async def _sweep_on(self, owner: Owner) -> None:
+        for pause in self._bounds.sweeps:
+            await asyncio.sleep(pause)
+            if await self._swept(owner):
+                return
+
+    async def _swept(self, owner: Owner) -> int:
+        try:
+            return await self._api.kill_marked(owner)
+        except Exception as e:  # noqa: BLE001 - told, and tried again
+            log.warning("e2b_sweep_failed", extra={"task_key": owner.task_key, "error": e2b_errors.told(e)})
+            return 0
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._observe(stage, time.monotonic() - started)
+
+
+def _told(ask: Callable[[], T]) -> T:
+    load()
+    try:
+        return ask()
+    except Exception as e:
+        raise Unavailable(f"E2B: {e2b_errors.told(e)}") from e
