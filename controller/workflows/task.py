@@ -13,7 +13,7 @@ from dbos import DBOS
 
 from controller.core import junit
 from controller.core.contract import ErrCode, Metrics, SBXRes
-from controller.core.errors import Permanent
+from controller.core.errors import Permanent, Transient
 from controller.core.model import Artifact, Owner
 from controller.core.phases import Status
 from controller.core.work import Attempt, Outcome
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.25
 MAX_ATTEMPTS = 3
 BACKOFF_SECONDS = (0.0, 1.0, 3.0)
+KILL_PAUSE_SECONDS = 2.0
 
 
 @DBOS.workflow(name="TaskWF", max_recovery_attempts=50)
@@ -39,7 +40,7 @@ def run_task(run_id: str) -> str:
         me.fence_off("executor lease is not live")
     if attempt is not None and attempt.run_status is Status.CANCELING:
         for held in me.store.held(workflow):
-            me.sandboxes.kill(_owner(held))
+            end_sandbox(me, _owner(held))
         me.store.abandon(workflow)
         me.store.close_canceled(run_id)
     return "ended"
@@ -81,8 +82,18 @@ def _kill_superseded(me: Parts, attempt: Attempt) -> None:
         before = Owner(
             store_id=me.store_id, run_id=attempt.run_id, task_key=attempt.task_key, attempt=number, fence=fence
         )
-        killed = me.sandboxes.kill(before)
+        killed = end_sandbox(me, before)
         log.warning("attempt superseded", extra={"task_key": attempt.task_key, "attempt": number, "killed": killed})
+
+
+def end_sandbox(me: Parts, owner: Owner) -> int:
+    """How many there were. Asks until the provider answers: until then nobody knows, and no other attempt may begin."""
+    while True:
+        try:
+            return me.sandboxes.kill(owner)
+        except Transient as e:
+            log.warning("sandbox_kill_unconfirmed", extra={"task_key": owner.task_key, "error": str(e)})
+            me.clock.sleep(KILL_PAUSE_SECONDS * (0.5 + me.jitter()))
 
 
 def effect(me: Parts, attempt: Attempt) -> Outcome:

@@ -203,7 +203,15 @@ def test_every_setting_of_the_split_arrives() -> None:
     assert (worker.oc_mode, worker.oc_base_url, worker.sbx_provider) == (
         "record",
         "http://127.0.0.1:4096",
-        "kubernetes",
+        "e2b",
+    )
+    limits = worker.sbx_creates_per_second, worker.sbx_max_concurrent
+    assert limits == (2.5, 40) and controller.sbx_max_concurrent is None
+    assert worker.e2b_templates == {"python": "tmpl"} and controller.e2b_api_key == "" != worker.e2b_api_key
+    assert (worker.e2b_domain, worker.e2b_api_url, worker.e2b_sandbox_url) == (
+        "e2b.corp",
+        "https://api.e2b.corp",
+        "https://box.e2b.corp",
     )
     assert (worker.intent_concurrency, worker.sbx_concurrency, worker.poll_seconds) == (4, 64, 0.5)
     assert (worker.log_format, worker.log_level, worker.admin_port) == ("text", "DEBUG", 9002)

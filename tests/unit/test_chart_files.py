@@ -28,6 +28,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str,
     "boolean": bool,
     "integer": int,
+    "number": (int, float),
 }
 
 Object = dict[str, Any]
@@ -41,10 +42,12 @@ def problems(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], pat
     """As much of JSON Schema as values.schema.json uses. Fails on a keyword that it does not know."""
     known = {"$schema", "title", "description", "definitions", "type", "additionalProperties", "required", "properties"}
     known |= {"allOf", "$ref", "enum", "pattern", "minimum", "maximum", "minItems", "uniqueItems", "items"}
-    known |= {"minLength", "maxLength", "propertyNames", "if", "then"}
+    known |= {"minLength", "maxLength", "propertyNames", "if", "then", "oneOf", "const"}
     assert set(schema) <= known, f"{path}: teach this test {set(schema) - known}"
     for part in schema.get("allOf", ()):
         yield from problems(value, part, root, path)
+    if "oneOf" in schema and sum(not list(problems(value, one, root, path)) for one in schema["oneOf"]) != 1:
+        yield f"{path} is not exactly one of what it may be"
     if "if" in schema and not list(problems(value, schema["if"], root, path)):
         yield from problems(value, schema["then"], root, path)
     if "$ref" in schema:
@@ -64,11 +67,13 @@ def problems(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], pat
 
 
 def _scalar_problems(value: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    if value != schema.get("const", value):
+        yield f"{path} is not {schema['const']!r}"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{path} is none of {schema['enum']}"
     if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
         yield f"{path} does not match {schema['pattern']}"
-    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+    if isinstance(value, int | float) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
         yield f"{path} is out of bounds"
 
 

@@ -70,6 +70,9 @@ capabilities: {drop: [ALL]}
 {{- end }}
 - {name: SBX_MODE, value: {{ $v.sandbox.mode | quote }}}
 - {name: SBX_PROVIDER, value: {{ $v.sandbox.provider | quote }}}
+{{- if ne .role "controller" }}
+{{- include "sisu-kodo.sandboxEnv" $v.sandbox }}
+{{- end }}
 {{- $worker := $v.database.workerKey | default $v.database.key }}
 {{ include "sisu-kodo.databaseEnv" (dict "name" "DATABASE_URL" "key" (ternary $worker $v.database.key (eq .role "worker")) "root" .root) }}
 {{- if and $v.database.workerKey (eq .role "all") }}
@@ -265,5 +268,22 @@ spec:
     matchLabels:
       {{- include "sisu-kodo.selector" .root | nindent 6 }}
       app.kubernetes.io/component: {{ ternary "worker" "controller" (eq .role "worker") }}
+{{- end }}
+{{- end }}
+
+{{/* What a worker's sandbox provider needs: limits, and E2B's account. */}}
+{{- define "sisu-kodo.sandboxEnv" -}}
+{{- $given := dict "SBX_CREATES_PER_SECOND" .createsPerSecond "SBX_MAX_CONCURRENT" .maxConcurrent }}
+{{- if eq .provider "e2b" }}
+{{- $given = merge $given (dict "SBX_E2B_TEMPLATES" .e2b.templates "E2B_DOMAIN" .e2b.domain "E2B_API_URL" .e2b.apiUrl "E2B_SANDBOX_URL" .e2b.sandboxUrl) }}
+{{- with .e2b.apiKeySecret }}
+- name: E2B_API_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $.e2b.apiKeyKey | quote }}}}
+{{- end }}
+{{- end }}
+{{- range $name := keys $given | sortAlpha }}
+{{- if ne (toString (get $given $name)) "" }}
+- {name: {{ $name }}, value: {{ get $given $name | toString | quote }}}
+{{- end }}
 {{- end }}
 {{- end }}
