@@ -15,12 +15,13 @@ from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
-from controller.core.errors import Unavailable
+from controller.core.errors import SisuError
 
 log = logging.getLogger(__name__)
 NAME = "sisu-kodo-controller"
-LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
-ANSWER_SECONDS = 3.0
+# An API server that restarts is away for 5 to 20 s, and a leader that ends takes its running tasks with it: 15 and 10 were too short.
+LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 30, 20, 2
+ANSWER_SECONDS = 6.0
 NO_ANSWER = (aiohttp.ClientError, TimeoutError)
 
 
@@ -77,15 +78,15 @@ async def lead(
 ) -> None:
     """Wait for the Lease, run `leading` while it is held, then call `lost` (which ends the process).
 
-    The library does not look at how `leading` ends. One that an unreachable API server kept from beginning begins again;
-    any other failure is a leader that would do nothing while it holds the Lease: `lost`.
+    The library does not look at how `leading` ends. One that the API server kept from beginning begins again (it may be away, or
+    answer 403 until it has loaded its roles); any other failure is a leader that would do nothing while it holds the Lease: `lost`.
     """
 
     async def watched() -> None:
         while True:
             try:
                 return await leading()
-            except Unavailable as e:
+            except SisuError as e:
                 log.warning("leading could not begin", extra={"error": str(e)})
             except Exception:
                 log.exception("leading failed")

@@ -10,7 +10,7 @@ from kubernetes.aio import client
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 
-from controller.core.errors import Unavailable
+from controller.core.errors import Permanent, Unavailable
 from controller.kube import lease
 
 RECORD = LeaderElectionRecord("me", "15", "2026-01-01 00:00:00", "2026-01-01 00:00:00")
@@ -63,7 +63,10 @@ class Held(lease._Lock):
         return True
 
 
-@pytest.mark.parametrize(("failures", "told"), [([Unavailable("away")], ["led"]), ([KeyError("bug")], ["lost"])])
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [([Unavailable("away")], ["led"]), ([Permanent("403: no roles yet")], ["led"]), ([KeyError("bug")], ["lost"])],
+)
 async def test_a_leader_that_cannot_begin_tries_again_and_one_that_fails_ends(
     nobody: client.ApiClient, monkeypatch: pytest.MonkeyPatch, failures: list[Exception], told: list[str]
 ) -> None:
