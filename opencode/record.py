@@ -19,7 +19,7 @@ import typer
 
 from controller.core.contract import PlanOutput
 from controller.core.errors import InvalidPlan
-from controller.core.model import GitSource, TurnReply, TurnRequest
+from controller.core.model import GitSource, Recorded, TurnReply, TurnRequest
 from controller.core.prompt import tasks_feedback
 from controller.oc import Daemon, LiveAgent, RecordingAgent
 from controller.ports import AgentServer
@@ -38,23 +38,15 @@ MAX_TASKS = 10_000
 class NoLedger:
     """A ledger that knows nothing: every turn is really asked."""
 
-    def get(self, request: TurnRequest) -> TurnReply | None:
+    def look(self, request: TurnRequest) -> Recorded:
         """Nothing is known."""
-        return None
+        return Recorded(reply=None, error=None, spent=0)
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         """Nothing is kept."""
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         """Nothing is kept."""
-
-    def tried(self, request: TurnRequest) -> str | None:
-        """Nothing is known."""
-        return None
-
-    def spent(self) -> int:
-        """Nothing is kept."""
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,18 @@ class TurnReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What the ledger has of a call: its reply, or the name of the error that it ended in, or neither.
+
+    `spent` are the tokens that all turns of the Intent took so far.
+    """
+
+    reply: TurnReply | None
+    error: str | None
+    spent: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Owner:
     """The mark on a sandbox: whose it is. Travels as metadata, so that an orphan can be found and killed."""
 

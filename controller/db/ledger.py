@@ -10,7 +10,7 @@ from psycopg.types.json import Jsonb
 from controller.core import storable
 from controller.core.digest import sha256_json
 from controller.core.errors import InvalidPlan
-from controller.core.model import TurnReply, TurnRequest
+from controller.core.model import Recorded, TurnReply, TurnRequest
 from controller.core.visible import visible
 from controller.core.work import Context
 from controller.db.pool import Pool, change, one
@@ -25,11 +25,13 @@ class PgTurnLedger:
         self._pool = pool
         self._ctx = ctx
 
-    def get(self, request: TurnRequest) -> TurnReply | None:
-        row = one(self._pool, "ledger_get", op_key=self._op_key(request))
-        if row is None:
-            return None
-        return TurnReply(
+    def look(self, request: TurnRequest) -> Recorded:
+        row = one(self._pool, "ledger_look", op_key=self._op_key(request), run_id=self._ctx.run_id)
+        assert row is not None
+        spent = int(row["spent"])
+        if row["op_key"] is None or row["err_code"] is not None:
+            return Recorded(reply=None, error=row["err_code"], spent=spent)
+        reply = TurnReply(
             session=row["session"] or "",
             structured=row["structured"],
             raw_text=row["raw_text"] or "",
@@ -39,14 +41,7 @@ class PgTurnLedger:
             timings=row["timings"] or {},
             problem=row["problem"],
         )
-
-    def tried(self, request: TurnRequest) -> str | None:
-        row = one(self._pool, "ledger_tried", op_key=self._op_key(request))
-        return None if row is None else str(row["err_code"])
-
-    def spent(self) -> int:
-        row = one(self._pool, "ledger_spent", run_id=self._ctx.run_id)
-        return 0 if row is None else int(row["tokens"])
+        return Recorded(reply=reply, error=None, spent=spent)
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         if (wrong := storable.problem([reply.structured, reply.raw_text, *reply.tool_calls])) is not None:

@@ -316,15 +316,12 @@ UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s,
        last_step = 'ExecuteST', closed = closed + 1, finished_at = clock_timestamp()
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'finish' AND execution_no = %(execution_no)s
 
--- name: ledger_get
-SELECT session, structured, raw_text, tool_calls, tokens, timings, response->>'problem' AS problem
-  FROM app.opencode_calls WHERE op_key = %(op_key)s AND err_code IS NULL
-
--- name: ledger_tried
-SELECT err_code FROM app.opencode_calls WHERE op_key = %(op_key)s AND err_code IS NOT NULL
-
--- name: ledger_spent
-SELECT coalesce(sum((tokens->>'in')::bigint + (tokens->>'out')::bigint), 0) AS tokens FROM app.opencode_calls WHERE run_id = %(run_id)s
+-- name: ledger_look
+-- One row always: the call, if it was ever made, beside what all calls of the run took.
+SELECT o.op_key, o.session, o.structured, o.raw_text, o.tool_calls, o.tokens, o.timings, o.response->>'problem' AS problem, o.err_code, s.spent
+  FROM (SELECT coalesce(sum((tokens->>'in')::bigint + (tokens->>'out')::bigint), 0) AS spent
+          FROM app.opencode_calls WHERE run_id = %(run_id)s) s
+  LEFT JOIN app.opencode_calls o ON o.op_key = %(op_key)s
 
 -- name: ledger_put
 -- A failed call is kept until the same call succeeds; a success is never overwritten.

@@ -19,7 +19,7 @@ from controller.core import storable
 from controller.core.approval import PART_BYTES, TEXT_BYTES, tasks_text, text_bytes
 from controller.core.contract import CompileTurn, Need, PlanOutput
 from controller.core.errors import ContextOverflow, InvalidPlan, Permanent, TurnStalled, WorkspaceRefused
-from controller.core.model import GitSource, TurnReply, TurnRequest
+from controller.core.model import GitSource, Recorded, TurnReply, TurnRequest
 from controller.core.prompt import Served
 from controller.core.visible import first_hidden
 from controller.ports import AgentServer, Workspace
@@ -36,20 +36,14 @@ SCHEMA = prompts.turn_schema()
 class TurnLedger(Protocol):
     """Every turn, by its request. Only successful ones are found again."""
 
-    def get(self, request: TurnRequest) -> TurnReply | None:
-        """The reply recorded for an equal request of the same session."""
+    def look(self, request: TurnRequest) -> Recorded:
+        """What is recorded for an equal request."""
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         """Record a reply, valid or not: an invalid one is part of the conversation."""
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         """Record that no reply came. Never served as a hit."""
-
-    def tried(self, request: TurnRequest) -> str | None:
-        """The name of the error that an equal request ended in, if it has no reply."""
-
-    def spent(self) -> int:
-        """Tokens that all turns of the Intent took so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,20 +173,21 @@ class _Talk:
             commit=self._brief.commit,
             history=self._sent,
         )
-        reply = self._ledger.get(request) or self._call(request)
+        recorded = self._ledger.look(request)
+        reply = recorded.reply or self._call(request, recorded)
         self._sent += (prompt,)
         self.turns += 1
         self.tokens += reply.tokens_in + reply.tokens_out
         return reply
 
-    def _call(self, request: TurnRequest) -> TurnReply:
-        if self._ledger.tried(request) in TOO_MUCH:
+    def _call(self, request: TurnRequest, recorded: Recorded) -> TurnReply:
+        if recorded.error in TOO_MUCH:
             raise TurnStalled("the model did not get through this prompt before")
-        spent, most = self._ledger.spent(), self._bounds.max_tokens
-        if spent >= most:
-            raise Permanent(f"spec.limits.maxTokens: {spent} of {most} are used and there is no plan yet")
+        most = self._bounds.max_tokens
+        if recorded.spent >= most:
+            raise Permanent(f"spec.limits.maxTokens: {recorded.spent} of {most} are used and there is no plan yet")
         try:
-            reply = self._agent.turn(replace(request, max_tokens=most - spent))
+            reply = self._agent.turn(replace(request, max_tokens=most - recorded.spent))
         except Exception as e:
             self._ledger.failed(request, e)
             raise

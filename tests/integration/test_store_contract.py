@@ -696,13 +696,13 @@ def reply(structured: Any = None, tokens: int = 5) -> TurnReply:
 def test_the_ledger_serves_what_succeeded_and_counts_tokens(pg: InPostgres) -> None:
     run = started(pg)
     ledger = PgTurnLedger(pg.pool, pg.ctx(run.intent_id))
-    assert ledger.get(turn()) is None
+    assert ledger.look(turn()).reply is None
     ledger.put(turn(), reply())
     ledger.put(turn(), reply({"kind": "other"}))
-    assert ledger.get(turn()) == reply(), "the first success stays"
-    assert ledger.get(turn(session="another")) == reply(), "the session is no part of what was asked"
+    assert ledger.look(turn()).reply == reply(), "the first success stays"
+    assert ledger.look(turn(session="another")).reply == reply(), "the session is no part of what was asked"
     for other in (turn("q"), turn(history=("before",)), turn(agent="x"), turn(schema={})):
-        assert ledger.get(other) is None
+        assert ledger.look(other).reply is None
     ledger.put(turn("q"), reply(tokens=10))
     assert now(pg, run.intent_id).tokens == 6 + 11
 
@@ -712,32 +712,32 @@ def test_a_failed_turn_is_kept_and_never_served_until_it_succeeds(pg: InPostgres
     ledger = PgTurnLedger(pg.pool, pg.ctx(run.intent_id))
     ledger.failed(turn(), SisuError("down"))
     ledger.failed(turn(), SisuError("still down"))
-    assert ledger.get(turn()) is None
+    assert ledger.look(turn()).reply is None
     assert pg.one("SELECT error FROM app.opencode_calls WHERE run_id = %s", run.run_id) == "still down"
-    assert ledger.tried(turn()) == "SisuError" and ledger.tried(turn("q")) is None
+    assert ledger.look(turn()).error == "SisuError" and ledger.look(turn("q")).error is None
     ledger.put(turn(), reply())
     ledger.failed(turn(), SisuError("late"))
-    assert ledger.get(turn()) == reply() and ledger.tried(turn()) is None
+    assert ledger.look(turn()).reply == reply() and ledger.look(turn()).error is None
 
 
 def test_what_was_wrong_with_an_answer_and_what_all_turns_took_is_kept(pg: InPostgres) -> None:
     run = started(pg)
     ctx = pg.ctx(run.intent_id)
     ledger = PgTurnLedger(pg.pool, ctx)
-    assert ledger.spent() == 0
+    assert ledger.look(turn("z")).spent == 0
     cut = replace(reply(), structured=None, problem="it was cut off")
     ledger.put(turn(), cut)
     ledger.failed(turn("q"), SisuError("down"))
-    assert ledger.get(turn()) == cut
+    assert ledger.look(turn()).reply == cut
     PgTurnLedger(pg.pool, replace(ctx, plan_no=2)).put(turn(), reply(tokens=10))
-    assert ledger.spent() == 6 + 11, "of every plan of the Intent"
+    assert ledger.look(turn("z")).spent == 6 + 11, "of every plan of the Intent"
 
 
 def test_another_plan_generation_has_a_ledger_of_its_own(pg: InPostgres) -> None:
     run = started(pg)
     first = pg.ctx(run.intent_id)
     PgTurnLedger(pg.pool, first).put(turn(), reply())
-    assert PgTurnLedger(pg.pool, replace(first, plan_no=2)).get(turn()) is None
+    assert PgTurnLedger(pg.pool, replace(first, plan_no=2)).look(turn()).reply is None
 
 
 # ------------------------------------------------------------------ PostgreSQL only: tasks, journal, fence

@@ -8,7 +8,7 @@ from typing import Any
 
 from controller.core.digest import sha256_json
 from controller.core.errors import FixtureMissing
-from controller.core.model import TurnReply, TurnRequest
+from controller.core.model import Recorded, TurnReply, TurnRequest
 from controller.ports import never
 
 
@@ -50,23 +50,17 @@ class MemoryLedger:
     replies: dict[str, TurnReply] = field(default_factory=dict)
     failures: list[tuple[TurnRequest, Exception]] = field(default_factory=list)
 
-    def get(self, request: TurnRequest) -> TurnReply | None:
-        return self.replies.get(_key(request))
+    def look(self, request: TurnRequest) -> Recorded:
+        reply = self.replies.get(_key(request))
+        failed = [type(error).__name__ for one, error in self.failures if _key(one) == _key(request)]
+        spent = sum(one.tokens_in + one.tokens_out for one in self.replies.values())
+        return Recorded(reply=reply, error=failed[-1] if failed and reply is None else None, spent=spent)
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         self.replies[_key(request)] = reply
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         self.failures.append((request, error))
-
-    def tried(self, request: TurnRequest) -> str | None:
-        if _key(request) in self.replies:
-            return None
-        found = [type(error).__name__ for one, error in self.failures if _key(one) == _key(request)]
-        return found[-1] if found else None
-
-    def spent(self) -> int:
-        return sum(reply.tokens_in + reply.tokens_out for reply in self.replies.values())
 
 
 def _key(request: TurnRequest) -> str:
