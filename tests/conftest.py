@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from devcluster.stack import Stack, scratch
+from opencode.install import InstallError, ensure
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +16,15 @@ def cluster() -> Iterator[Stack]:
     """API server, PostgreSQL, chart and people, for the whole session. Whoever needs a controller starts one."""
     with scratch() as state, Stack(state, fsync=False) as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def opencode_binary() -> Path:
+    """The pinned daemon, installed on first use."""
+    try:
+        return ensure()
+    except InstallError as e:
+        pytest.skip(f"the real OpenCode daemon is NOT tested: {e}")
 
 
 @pytest.fixture

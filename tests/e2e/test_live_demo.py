@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from devcluster import ocdaemon
 from devcluster.demo import example
 from devcluster.gitserver import GitServer
 from devcluster.stack import ROOT, Stack
-from opencode.install import InstallError, ensure
 from opencode.scenarios import load
 from opencode.scripted_model import ScriptedModel
 from tests.e2e.product import Product
@@ -30,13 +28,8 @@ OURS = ("YES", "DATABASE_URL", "OC_MODE", "OC_FIXTURES", "OC_MODEL", "OC_MODEL_B
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _installed() -> None:
-    if shutil.which("npm") is None:
-        pytest.skip("npm is missing: the main job with a live OpenCode daemon is NOT tested")
-    try:
-        ensure()
-    except InstallError as e:
-        pytest.skip(f"the main job with a live OpenCode daemon is NOT tested: {e}")
+def _installed(opencode_binary: Path) -> None:
+    """Without the daemon nothing here can be tested."""
 
 
 def demo(root: Path, scratch: Path, **more: str) -> subprocess.CompletedProcess[str]:

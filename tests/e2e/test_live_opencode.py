@@ -7,11 +7,11 @@ what the model was asked, and that nothing is left in the daemon.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +20,6 @@ import pytest
 
 from devcluster import ocdaemon
 from devcluster.stack import scratch
-from opencode.install import InstallError, ensure
 from opencode.scenarios import Answer, Scenario, load
 from opencode.scripted_model import ScriptedModel
 from tests.e2e.product import Product
@@ -53,13 +52,7 @@ def model() -> Iterator[ScriptedModel]:
 
 
 @pytest.fixture(scope="module")
-def daemon(model: ScriptedModel) -> Iterator[ocdaemon.OcDaemon]:
-    if shutil.which("npm") is None:
-        pytest.skip("npm is missing: live OpenCode is NOT tested")
-    try:
-        ensure()
-    except InstallError as e:
-        pytest.skip(f"live OpenCode is NOT tested: {e}")
+def daemon(model: ScriptedModel, opencode_binary: Path) -> Iterator[ocdaemon.OcDaemon]:
     with scratch() as state:
         started = ocdaemon.start(state, behind={**model.environ(), "OC_STALL_MS": "2500"}, detach=False)
         yield started

@@ -22,7 +22,7 @@ from controller.oc import Daemon, LiveAgent, RecordingAgent, ReplayAgent, fixtur
 from controller.ports import AgentServer
 from controller.workflows.compile import SCHEMA, Bounds, Brief, compile_plan, validate
 from controller.workspace import GitWorkspace
-from opencode.install import CONFIG, VERSION, InstallError, ensure
+from opencode.install import CONFIG, VERSION, ensure
 from opencode.record import repositories
 from opencode.scenarios import FIXTURES, Answer, Scenario, load
 from opencode.scripted_model import MODEL, ScriptedModel
@@ -51,15 +51,9 @@ def model() -> Iterator[ScriptedModel]:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, model: ScriptedModel) -> Iterator[Daemon]:
-    if shutil.which("npm") is None:
-        pytest.skip("npm is missing: the real OpenCode daemon is NOT tested")
-    try:
-        binary = ensure()
-    except InstallError as e:
-        pytest.skip(f"the real OpenCode daemon is NOT tested: {e}")
+def daemon(tmp_path_factory: pytest.TempPathFactory, model: ScriptedModel, opencode_binary: Path) -> Iterator[Daemon]:
     root = tmp_path_factory.mktemp("daemon")
-    with Daemon(binary, root=root, config=CONFIG, version=VERSION, environ=model.environ()) as running:
+    with Daemon(opencode_binary, root=root, config=CONFIG, version=VERSION, environ=model.environ()) as running:
         yield running
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -28,7 +27,7 @@ from controller.oc.daemon import STALL_MS as PRODUCT_STALL_MS
 from controller.workflows.compile import SCHEMA, Bounds, Brief, Compiled, compile_plan, repair_plan
 from controller.workspace import GitWorkspace
 from devcluster.gitserver import GitServer
-from opencode.install import CONFIG, VERSION, InstallError, ensure
+from opencode.install import CONFIG, VERSION, ensure
 from opencode.scenarios import Answer, Scenario, load
 from opencode.scripted_model import ScriptedModel
 from tests.support.scripted_agent import MemoryLedger
@@ -102,16 +101,10 @@ def model() -> Iterator[ScriptedModel]:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, model: ScriptedModel) -> Iterator[Daemon]:
-    if shutil.which("npm") is None:
-        pytest.skip("npm is missing: the real OpenCode daemon is NOT tested")
-    try:
-        binary = ensure()
-    except InstallError as e:
-        pytest.skip(f"the real OpenCode daemon is NOT tested: {e}")
+def daemon(tmp_path_factory: pytest.TempPathFactory, model: ScriptedModel, opencode_binary: Path) -> Iterator[Daemon]:
     environ = {**model.environ(), "OC_STALL_MS": str(STALL_MS)}
     root = tmp_path_factory.mktemp("daemon")
-    with Daemon(binary, root=root, config=CONFIG, version=VERSION, environ=environ) as running:
+    with Daemon(opencode_binary, root=root, config=CONFIG, version=VERSION, environ=environ) as running:
         first = LiveAgent(running.base_url, password=running.password, version=VERSION)
         Talk(first, model).compile(
             "say hello", (GitWorkspace(root / "git"), None)
