@@ -31,7 +31,7 @@ check: ## format, lint, types, import contracts and unit tests, in under a minut
 	@$(RUN) ruff check -q .
 	@$(RUN) mypy
 	@$(RUN) lint-imports --no-cache
-	@$(RUN) pytest -q tests/unit
+	@$(RUN) pytest -q -n 2 --dist loadfile tests/unit
 
 .PHONY: quick
 quick: ## unit and component tests only
