@@ -152,5 +152,5 @@ def test_canceling_ends_the_turn_at_once(live: Live) -> None:
     began = time.monotonic()
     live.product.patch_intent("canceled", {"cancel": True})
     live.product.wait_phase("canceled", "Canceled", seconds=30)
-    assert time.monotonic() - began < 10, "the turn itself would have taken minutes"
+    assert time.monotonic() - began < 25, "the turn itself would have taken minutes"
     live.nothing_left()

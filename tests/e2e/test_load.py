@@ -45,6 +45,7 @@ def finish(product: Product, names: Sequence[str]) -> None:
     exactly_once(product.database, product.start_log, runs=len(names))
 
 
+@pytest.mark.slow
 def test_restarts_of_api_server_and_postgres_lose_nothing(own: Product) -> None:
     own.start()
     names = ["a", "b", "c", "d"]
