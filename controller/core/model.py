@@ -61,7 +61,7 @@ class TurnRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TurnReply:
-    """What the agent answered. `structured` is unvalidated; without it `problem` tells the model what was wrong.
+    """What the agent answered. `structured` is unvalidated; without it `problem` may tell the model what was wrong.
 
     Tokens count the whole turn; timings are milliseconds per phase.
     """

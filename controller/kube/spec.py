@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from controller.core.digest import canonical
 from controller.core.errors import InvalidIntent
 from controller.core.settings import Policy, Settings, effective
+from controller.core.storable import deeper_than
 from controller.core.visible import first_hidden
 from controller.kube.crd import MAX_FREE_JSON_BYTES, IntentSpec
 
@@ -20,8 +21,7 @@ MAX_DEPTH = 32
 
 def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool) -> Settings:
     """The run's effective settings. Raises InvalidIntent naming the field and what would be right."""
-    for field in ("inputs", "constraints"):
-        _not_too_deep(f"spec.{field}", spec.get(field))
+    _not_too_deep(spec)
     try:
         IntentSpec.model_validate(dict(spec))
     except ValidationError as e:
@@ -50,15 +50,11 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
     return effective(spec, namespace=namespace, policy=policy)
 
 
-def _not_too_deep(field: str, value: Any) -> None:
-    """The API server takes 10,000 levels; whatever walks them recursively would end for everybody. Iterative, and first of all."""
-    level, depth = [value], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise InvalidIntent(field, f"is nested more than {MAX_DEPTH} levels deep")
-        inner = [v for v in level if isinstance(v, dict | list)]
-        level = [child for v in inner for child in (v.values() if isinstance(v, dict) else v)]
-        depth += 1
+def _not_too_deep(spec: Mapping[str, Any]) -> None:
+    """First of all: the API server takes 10,000 levels, and whatever walks them recursively would end for everybody."""
+    for field in ("inputs", "constraints"):
+        if deeper_than(MAX_DEPTH, spec.get(field)):
+            raise InvalidIntent(f"spec.{field}", f"is nested more than {MAX_DEPTH} levels deep")
 
 
 def _storable(field: str, value: Any) -> None:

@@ -21,10 +21,6 @@ PROBE_SECONDS = 4.0  # a busy daemon takes up to 3 s
 SILENCE_SECONDS = 15.0
 
 
-class SessionGone(Unavailable):
-    """The daemon was restarted since: it knows nothing of this session."""
-
-
 class OpenCodeClient:
     """One daemon, for one event loop."""
 
@@ -131,8 +127,6 @@ class OpenCodeClient:
             raise Permanent(f"{where}: 401, the password is not the daemon's (OPENCODE_SERVER_PASSWORD)")
         if response.status_code == 404 and missing_ok:
             return None
-        if response.status_code == 404 and path.startswith("/session/"):
-            raise SessionGone(f"{where}: {_brief(response)}")
         if response.status_code in (404, 409) or response.status_code >= 500:
             raise Unavailable(f"{where}: {response.status_code} {_brief(response)}")
         if response.status_code >= 400:

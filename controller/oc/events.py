@@ -6,11 +6,11 @@ The stream has no replay: after every connection the sessions' states are asked 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from controller.core.errors import SisuError
+from controller.core.errors import SisuError, Unavailable
 from controller.oc.client import OpenCodeClient, counted
 
 ANSWER_TOOL = "StructuredOutput"
@@ -31,12 +31,16 @@ class Progress:
 
 
 class Events:
-    """`run()` as a task; `watch()` before a prompt, `forget()` after it."""
+    """`run()` as a task; `watch()` before a prompt, `forget()` after it.
 
-    def __init__(self, client: OpenCodeClient) -> None:
-        self._client = client
+    `greet` comes before every connection: what it raises keeps the daemon from being used. `failure` is why there is none now.
+    """
+
+    def __init__(self, client: OpenCodeClient, *, greet: Callable[[], Awaitable[None]]) -> None:
+        self._client, self._greet = client, greet
         self._turns: dict[str, Progress] = {}
         self.connected = asyncio.Event()
+        self.failure: SisuError | None = None
 
     def watch(self, session: str) -> Progress:
         """What happens to this session from now on."""
@@ -50,20 +54,21 @@ class Events:
     async def run(self) -> None:
         """Read for ever. A daemon that falls silent or goes away ends the turns that run in it."""
         while True:
+            self.failure = None
             try:
-                # A request that arrives just as the daemon's port is bound is never answered: let the short one find out.
-                await self._client.version()
+                # A request that arrives just as the daemon's port is bound is never answered: let a short one find out.
+                await self._greet()
                 async for event in self._client.events():
                     if not self.connected.is_set():
                         self.connected.set()
                         await self._catch_up()
                     self._take(str(event.get("type")), event.get("properties") or {})
-                lost = "the daemon closed the stream of events"
+                self.failure = Unavailable("the daemon closed the stream of events")
             except SisuError as e:
-                lost = str(e)
+                self.failure = e
             self.connected.clear()
             for turn in self._turns.values():
-                turn.lost = lost
+                turn.lost = str(self.failure)
                 turn.changed.set()
             await asyncio.sleep(PAUSE_SECONDS)
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from controller.core.errors import Permanent, SisuError, TurnStalled, Unavailable
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import turn as turns
-from controller.oc.client import OpenCodeClient, SessionGone
+from controller.oc.client import OpenCodeClient
 from controller.oc.events import Events
 from controller.ports import never
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 TURN_SECONDS = 300.0
 CONCURRENCY = 8
 DAEMON_SECONDS = 60.0  # a daemon that is being restarted on a busy machine takes 30 s
+LOOK_SECONDS = 0.2
 TITLE = "sisu-kodo"
 
 
@@ -67,7 +68,7 @@ class LiveAgent:
         self._left: set[str] = set()  # ids that the daemon may still hold
         self._loop = asyncio.new_event_loop()
         self._client = OpenCodeClient(base_url, password=password)
-        self._events = Events(self._client)
+        self._events = Events(self._client, greet=self._greet)
         self._slots = asyncio.Semaphore(concurrency)
         self._reader: asyncio.Task[None] | None = None
         threading.Thread(target=self._loop.run_forever, name="opencode", daemon=True).start()
@@ -91,7 +92,7 @@ class LiveAgent:
     def check(self) -> None:
         """Raises Permanent when another version than the pinned one answers; silence is no answer."""
         with contextlib.suppress(Unavailable):
-            self._run(self._pinned())
+            self._run(self._greet())
 
     def close(self) -> None:
         """End the connections. Turns that run are left to the daemon's end."""
@@ -116,11 +117,7 @@ class LiveAgent:
             bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens, canceled=canceled)
             session = await self._session(request)
             ready = time.monotonic()
-            try:
-                answer = await self._asked(session, request, bounds)
-            except SessionGone:  # the daemon was restarted: tell a new session what was said
-                session = await self._session(request)
-                answer = await self._asked(session, request, bounds)
+            answer = await self._asked(session, request, bounds)
             done = time.monotonic()
         timings = {
             "queued": _ms(started - queued),
@@ -156,28 +153,27 @@ class LiveAgent:
             self._reader = asyncio.create_task(self._events.run())
         until = time.monotonic() + self._daemon_seconds
         while not self._events.connected.is_set():
-            try:
-                await self._pinned()
-            except Unavailable:
-                if time.monotonic() > until:
-                    raise
+            if isinstance(self._events.failure, Permanent):
+                raise Permanent(str(self._events.failure))
+            if time.monotonic() > until:
+                raise Unavailable(str(self._events.failure or f"OpenCode at {self._client.base_url} sends no events"))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._events.connected.wait(), 1.0)
-            if time.monotonic() > until and not self._events.connected.is_set():
-                raise Unavailable(f"OpenCode at {self._client.base_url} sends no events")
+                await asyncio.wait_for(self._events.connected.wait(), LOOK_SECONDS)
 
-    async def _pinned(self) -> None:
+    async def _greet(self) -> None:
+        """Before every connection: only the pinned version is used. What another connection knew may be gone with its daemon."""
         found = await self._client.version()
         if found != self._version:
             raise Permanent(f"OpenCode at {self._client.base_url} is {found}, but {self._version} is pinned")
+        self._left |= {session.id for session in self._sessions.values()}
+        self._sessions.clear()
         await self._sweep()
 
     async def _sweep(self) -> None:
         """Sessions that we could not end, and those that a killed worker left, once they are older than any turn."""
         old = (time.time() - 2 * self._turn_seconds) * 1000
-        mine = {session.id for session in self._sessions.values()}
         for one in await self._client.sessions():
-            ours = str(one.get("title", "")).startswith(TITLE) and one["id"] not in mine
+            ours = str(one.get("title", "")).startswith(TITLE)
             if ours and (one["id"] in self._left or one["time"]["updated"] < old):
                 await self._client.abort(one["id"])
                 await self._client.delete(one["id"])

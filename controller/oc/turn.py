@@ -56,7 +56,7 @@ async def ask(
         verdict = await _watched(post, progress, bounds)
         if verdict is None:
             return await post
-        if not isinstance(verdict, Unavailable) or progress.lost is None:
+        if progress.lost is None:
             await _undo(client, session, message, post)
         raise verdict
     finally:
@@ -117,13 +117,13 @@ async def _undo(client: OpenCodeClient, session: str, message: str, post: asynci
 
 
 def judge(info: Mapping[str, Any]) -> str | None:
-    """For a turn without an answer: why, when the model answered otherwise than asked. Raises for every other failure."""
+    """What to tell a model that answered otherwise than asked, beyond that there was no answer. Raises for every other failure."""
     error, finish = info.get("error") or {}, info.get("finish")
     name, data = str(error.get("name", "")), error.get("data") or {}
     if finish == "length":
         return "the answer was cut off because it was too long; give a shorter one"
     if name in _NO_ANSWER or (not name and finish is not None):
-        return "there was no structured answer; call StructuredOutput"
+        return None
     said = str(data.get("message", ""))[:300]
     message = f"OpenCode: {name or 'the turn ended without a result'}: {said}"
     status = data.get("statusCode")

@@ -400,23 +400,31 @@ def in_flight(model: ScriptedModel, count: int) -> None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def struck(daemon: Daemon, number: signal.Signals, model: ScriptedModel) -> Iterator[list[float]]:
+    """The daemon gets this signal as soon as two more calls have reached the model; when that was."""
+    assert daemon.pid is not None
+    pid, at, before = daemon.pid, list[float](), len(model.requests)
+
+    def strike() -> None:
+        in_flight(model, before + 2)
+        at.append(time.monotonic())
+        os.kill(pid, number)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    yield at
+    thread.join()
+
+
 def test_a_daemon_killed_in_a_turn_costs_no_turn_that_was_done(
     tmp_path: Path, daemon: Daemon, model: ScriptedModel, hostile: tuple[GitWorkspace, GitSource]
 ) -> None:
     with own_daemon(tmp_path, model) as mine:
         agent = LiveAgent(mine.base_url, password=mine.password, version=VERSION)
-        talk, before = Talk(agent, model), len(model.requests)
-
-        def kill() -> None:
-            in_flight(model, before + 2)
-            assert mine.pid is not None
-            os.kill(mine.pid, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        with pytest.raises(Unavailable):
+        talk = Talk(agent, model)
+        with struck(mine, signal.SIGKILL, model), pytest.raises(Unavailable):
             talk.compile("two rounds", hostile)
-        killer.join()
         assert talk.seconds < 30 and talk.failures == ["Unavailable"]
         mine.stop()
         mine.start()
@@ -471,22 +479,11 @@ def test_a_wedged_daemon_is_noticed_within_30_seconds(
 ) -> None:
     with own_daemon(tmp_path, model) as mine:
         agent = LiveAgent(mine.base_url, password=mine.password, version=VERSION)
-        talk, before = Talk(agent, model), len(model.requests)
-        assert mine.pid is not None
-        pid, stopped = mine.pid, list[float]()
-
-        def wedge() -> None:
-            in_flight(model, before + 2)
-            stopped.append(time.monotonic())
-            os.kill(pid, signal.SIGSTOP)
-
-        wedger = threading.Thread(target=wedge)
-        wedger.start()
-        with pytest.raises(Unavailable):
-            talk.compile("wedged", hostile)
-        wedger.join()
+        with struck(mine, signal.SIGSTOP, model) as stopped, pytest.raises(Unavailable):
+            Talk(agent, model).compile("wedged", hostile)
         assert time.monotonic() - stopped[0] < 25
-        os.kill(pid, signal.SIGKILL)
+        assert mine.pid is not None
+        os.kill(mine.pid, signal.SIGKILL)
         agent.close()
 
 
