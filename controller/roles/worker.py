@@ -1,4 +1,4 @@
-"""The worker role: DBOS on both queues, the executor's lease, the sweeper."""
+"""The worker role: DBOS on both queues, the executor's lease, and the loops that keep the work going."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Worker:
         )
         self._cancel = recovery.CancelWatch(adapters.store)
         self._sweeper = recovery.sweeper(adapters.leases, seconds=settings.lease_ttl_seconds / 3)
+        self._reclaimer = recovery.reclaimer(
+            engine.LostClaims(adapters.executor), seconds=settings.lease_ttl_seconds / 3
+        )
         provider = adapters.sandboxes.name
 
         def count(live: int, killed: int) -> None:
@@ -92,11 +95,13 @@ class Worker:
         )
         self._cancel.loop.start()
         self._sweeper.start()
+        self._reclaimer.start()
         self._reaper.loop.start()
 
     def stop(self) -> None:
         """What still runs afterwards is taken over by a peer or the next start."""
         self._reaper.loop.stop()
+        self._reclaimer.stop()
         self._sweeper.stop()
         self._cancel.loop.stop()
         engine.stop(seconds=DRAIN_SECONDS)

@@ -9,7 +9,9 @@ import logging
 from typing import Any
 
 from dbos import DBOS, DBOSPortableJSONSerializer
+from dbos._dbos import _get_dbos_instance
 from dbos._serialization import DefaultSerializer
+from dbos._utils import INTERNAL_QUEUE_NAME, GlobalParams
 
 from controller.core.errors import Permanent
 from controller.workflows import execute, finish, intent, task
@@ -65,6 +67,29 @@ def launch(
 def recover(executors: list[str]) -> int:
     """Put the pending workflows of dead executors back on their queues; how many there were."""
     return len(DBOS._recover_pending_workflows(executors))  # noqa: SLF001 - no public equivalent keeps deadlines and attempts
+
+
+class LostClaims:
+    """Workflows that the database has as claimed by this process, and that no thread of it runs.
+
+    DBOS claims in one transaction and begins afterwards. When the connection is lost in between, the claim may be committed without
+    anybody who knows of it, and nobody recovers what a live executor holds.
+    """
+
+    def __init__(self, executor: str) -> None:
+        self._executor = executor
+        self._idle: set[str] = set()
+
+    def look(self) -> int:
+        """Put back what was idle at the look before, too: between claim and thread there are milliseconds. How many."""
+        engine = _get_dbos_instance()
+        claimed = engine._sys_db.get_pending_workflows(self._executor, GlobalParams.app_version)  # noqa: SLF001 - not public
+        running = set(engine._active_workflows_set.activeList())  # noqa: SLF001
+        idle = {one.workflow_id for one in claimed} - running
+        lost, self._idle = idle & self._idle, idle - self._idle
+        for workflow in lost:
+            engine._sys_db.reenqueue_for_recovery(workflow, [self._executor], INTERNAL_QUEUE_NAME)  # noqa: SLF001
+        return len(lost)
 
 
 def stop(*, seconds: int) -> None:

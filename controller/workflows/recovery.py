@@ -1,5 +1,5 @@
-"""Staying alive and burying the dead: the executor's lease, the sweeper, the reaper of orphaned sandboxes, and the list of runs
-being canceled. One loop and one thread each.
+"""Staying alive and burying the dead: the executor's lease, the sweeper, the reclaimer of lost claims, the reaper of orphaned
+sandboxes, and the list of runs being canceled. One loop and one thread each.
 
 A process that cannot renew its lease for its whole length ends at once: somebody else may already be doing its work.
 """
@@ -90,6 +90,16 @@ def sweeper(store: LeaseStore, *, seconds: float) -> Loop:
             log.warning("repaired", extra=dict(did))
 
     return Loop("sweeper", tick, seconds=seconds)
+
+
+def reclaimer(claims: engine.LostClaims, *, seconds: float) -> Loop:
+    """Claims of this process that it knows nothing of go back on their queues."""
+
+    def tick() -> None:
+        if lost := claims.look():
+            log.warning("lost claims put back", extra={"workflows": lost})
+
+    return Loop("reclaimer", tick, seconds=seconds)
 
 
 class Reaper:

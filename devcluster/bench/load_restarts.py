@@ -84,16 +84,25 @@ async def _run(stack: Stack, controller: Controller, intents: int) -> tuple[list
 
         say(f"{intents} intents, each approved as soon as it is seen waiting")
         began = now()
-        running = asyncio.gather(*(story(n) for n in range(intents)))
+        stories = asyncio.gather(*(story(n) for n in range(intents)))
+        running = asyncio.ensure_future(_unless_it_ends(controller, stories))
         await _until(done, intents // 5, running)
         first = _fault(stack, done, "API server", restart_api_server)
         late.set()
         await _until(done, intents * 7 // 10, running)
         second = _fault(stack, done, "PostgreSQL", restart_postgres)
         await running
-        if not controller.child.alive():
-            raise DevclusterError("the controller ended")
         return [first, second], people.seen.news(), now() - began
+
+
+async def _unless_it_ends(controller: Controller, stories: asyncio.Future[Any]) -> None:
+    """Nothing would move any more, and everybody wait in vain."""
+    while not stories.done():
+        if not controller.child.alive():
+            stories.cancel()
+            raise DevclusterError("the controller ended")
+        await asyncio.wait([stories], timeout=1.0)
+    stories.result()
 
 
 async def _until(done: Sequence[Timed], count: int, running: asyncio.Future[Any]) -> None:

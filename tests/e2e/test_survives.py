@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import psycopg
+
 from tests.e2e.product import APPROVE, Product
 
 
@@ -70,6 +72,34 @@ def test_sigkill_inside_the_sandbox_gives_one_effective_outcome(product: Product
     attempts = product.sql("SELECT attempt, state FROM app.sbx_attempts ORDER BY attempt")
     assert attempts == [(1, "unknown"), (2, "done")]
     assert product.sql("SELECT outcomes, attempt, status FROM app.sbx_runs") == [(1, 2, "succeeded")]
+    product.assert_once()
+
+
+# What is left in the database when PostgreSQL commits a worker's claim and the answer is lost with the connection.
+LOST_CLAIMS = """
+CREATE TABLE public.lost_claims (name text PRIMARY KEY);
+CREATE FUNCTION public.lose_claim() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO public.lost_claims VALUES (NEW.name) ON CONFLICT DO NOTHING;
+  IF FOUND THEN
+    NEW.status := 'PENDING'; NEW.executor_id := (SELECT executor_id FROM app.executor_leases); NEW.recovery_attempts := 1;
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER lose_claim BEFORE INSERT ON dbos.workflow_status FOR EACH ROW EXECUTE FUNCTION public.lose_claim()"""
+
+
+def test_claims_whose_answer_was_lost_are_claimed_again(product: Product) -> None:
+    product.start()
+    with psycopg.connect(product.database, autocommit=True) as c:
+        c.execute(LOST_CLAIMS)
+    product.apply("c", "twenty short waits", limits={"parallelism": 4})
+    product.wait_phase("c", "WaitingInput")
+    product.vote("c")
+    assert product.wait_phase("c", "Succeeded", "Failed", seconds=60)["phase"] == "Succeeded"
+    lost = product.sql("SELECT name FROM public.lost_claims ORDER BY name")
+    assert lost == [("ExecutePlanWF",), ("FinishWF",), ("RunIntentWF",), ("TaskWF",)], "one of each kind was lost"
+    assert set(product.starts().values()) == {1}, "nothing ran twice for it"
     product.assert_once()
 
 
