@@ -60,6 +60,7 @@ CREATE TABLE app.runs (
   waiting_at      timestamptz,
   started_at      timestamptz,
   deadline_at     timestamptz,
+  executing_since timestamptz,                          -- of the plan that was approved last
   finished_at     timestamptz,
   updated_at      timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 70);               -- no task counters: tasks of one run must not queue up on its row
@@ -95,6 +96,8 @@ CREATE TABLE app.sbx_runs (             -- one row per task
   run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL DEFAULT 'ExecuteST', task_key text NOT NULL,
   task_id text NOT NULL, idx int NOT NULL, generation int NOT NULL,
   depends text[] NOT NULL DEFAULT '{}', -- task ids that must succeed first
+  timeout_ms bigint NOT NULL,           -- what it may take at most: reserved while it has a window slot
+  spent_ms bigint NOT NULL DEFAULT 0,   -- what its attempts that have ended took
   status text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued','running','succeeded','failed')),
   workflow_id text,                     -- the TaskWF that holds the window slot; NULL = waiting for a slot
   dispatches int NOT NULL DEFAULT 0,    -- > 1 only after a repair
@@ -198,24 +201,48 @@ CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS
     SELECT 1 FROM app.sbx_runs d WHERE d.run_id = t.run_id AND d.generation = t.generation AND d.task_id = ANY (t.depends) AND d.status <> 'succeeded')
 $$;
 
--- Fills the window of an executing run; how many TaskWF were enqueued. The caller has locked the run's row.
-CREATE FUNCTION app.top_up(p_run_id text, p_version text) RETURNS int LANGUAGE plpgsql AS $$
-DECLARE v_n int;
+-- Milliseconds of sandboxes that the approved plan may still reserve; NULL: plenty, without looking. A task reserves its time limit
+-- when it gets a window slot, and what its attempts really took stays. As long as all slots, busy from the beginning, could not have
+-- used the minutes up, nobody needs to count; from then on whoever picks tasks holds the run's row lock.
+CREATE FUNCTION app.sandbox_room(r app.runs) RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
+DECLARE v_all bigint := (r.settings->>'max_sandbox_minutes')::bigint * 60000; v_elapsed double precision;
 BEGIN
-  WITH run AS (
-    SELECT r.id, r.intent_id, r.execution_no, r.settings, greatest(0, (r.settings->>'parallelism')::int - (
-        SELECT count(*) FROM app.sbx_runs t WHERE t.run_id = r.id AND t.status IN ('queued','running') AND t.workflow_id IS NOT NULL)) AS room
-    FROM app.runs r WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute'
+  v_elapsed := 1000 * extract(epoch FROM clock_timestamp() - r.executing_since);
+  IF (r.settings->>'parallelism')::int * (v_elapsed + 1000 * (r.settings->>'task_timeout_seconds')::int) <= v_all THEN
+    RETURN NULL;
+  END IF;
+  RETURN v_all - (SELECT coalesce(sum(t.spent_ms + CASE WHEN t.status IN ('queued','running') AND t.workflow_id IS NOT NULL THEN t.timeout_ms ELSE 0 END), 0)
+                    FROM app.sbx_runs t WHERE t.run_id = r.id AND t.generation = r.plan_no);
+END $$;
+
+-- Fills the window of an executing run; how many TaskWF were enqueued. The caller has locked the run's row. Tasks are taken in the
+-- plan's order: one whose time limit does not fit into what is left waits until a running one gives time back, and when none runs,
+-- it and all after it are over.
+CREATE FUNCTION app.top_up(p_run_id text, p_version text) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE v_run app.runs; v_open int; v_room bigint; v_n int;
+BEGIN
+  SELECT * INTO v_run FROM app.runs r WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute';
+  IF NOT FOUND THEN RETURN 0; END IF;
+  SELECT count(*) INTO v_open FROM app.sbx_runs t
+   WHERE t.run_id = p_run_id AND t.status IN ('queued','running') AND t.workflow_id IS NOT NULL;
+  v_room := app.sandbox_room(v_run);
+  WITH run AS (SELECT v_run.id, v_run.intent_id, v_run.execution_no, v_run.settings), waiting AS (
+    SELECT t.task_key, t.idx, t.timeout_ms FROM app.sbx_runs t
+     WHERE t.run_id = p_run_id AND t.status = 'queued' AND t.workflow_id IS NULL AND app.ready(t)
+     ORDER BY t.idx LIMIT greatest(0, (v_run.settings->>'parallelism')::int - v_open) FOR UPDATE SKIP LOCKED
   ), picked AS (
-    SELECT q.task_key FROM run CROSS JOIN LATERAL (
-      SELECT t.task_key FROM app.sbx_runs t WHERE t.run_id = run.id AND t.status = 'queued' AND t.workflow_id IS NULL AND app.ready(t)
-      ORDER BY t.idx LIMIT run.room FOR UPDATE SKIP LOCKED) q
+    SELECT w.task_key FROM (SELECT task_key, sum(timeout_ms) OVER (ORDER BY idx) AS needed FROM waiting) w
+     WHERE v_room IS NULL OR w.needed <= v_room
   ), next AS (
     UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1, workflow_id = run.intent_id || ':task:' || run.execution_no || ':' || t.task_key
     FROM picked, run WHERE t.run_id = run.id AND t.task_key = picked.task_key RETURNING t.workflow_id, t.idx
   )
   SELECT count(app.enqueue('TaskWF', n.workflow_id, run.id, p_version, run.settings->>'partition', (run.settings->>'priority')::int))
     INTO v_n FROM (SELECT * FROM next ORDER BY idx) n, run;
+  IF v_room IS NOT NULL AND v_n = 0 AND v_open = 0 THEN
+    UPDATE app.sbx_runs t SET status = 'failed', err_code = 'BUDGET', finished_at = clock_timestamp()
+     WHERE t.run_id = p_run_id AND t.generation = v_run.plan_no AND t.status = 'queued';
+  END IF;
   RETURN v_n;
 END $$;
 
@@ -230,6 +257,12 @@ CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_task_id t
    FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.task_id = lost.task_id AND t.status = 'queued'
 $$;
 
+-- After the first failure of a FailFast recipe nothing more begins; what runs ends by itself, so that its result is kept.
+CREATE FUNCTION app.skip_waiting(p_run_id text, p_generation int) RETURNS void LANGUAGE sql AS $$
+  UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
+   WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.status = 'queued'
+$$;
+
 -- The outcome of one attempt and what follows from it: one transaction, one round trip (reference/fanout.md).
 -- plpgsql, because each statement inside takes a new snapshot: "lock, then look" is not expressible in a single SQL statement.
 --   1 fence check + result          2 take the next waiting task: SKIP LOCKED, so finishers of one run do not wait for each other
@@ -241,10 +274,11 @@ CREATE FUNCTION app.record_outcome(
   p_workflow_id text, p_executor text, p_carry boolean, p_version text)
 RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_try int, next_fence bigint, next_request jsonb)
 LANGUAGE plpgsql AS $$
-DECLARE v_run app.runs; v_task app.sbx_runs; v_next app.sbx_runs; v_priority int; v_partition text;
+DECLARE v_run app.runs; v_task app.sbx_runs; v_next app.sbx_runs; v_priority int; v_partition text; v_room bigint; v_turns boolean; v_fast boolean;
 BEGIN
   UPDATE app.sbx_runs t SET status = p_status, err_code = p_err_code, provider = p_provider, response = p_response,
-         metrics = p_metrics, junit = p_junit, outcomes = t.outcomes + 1, finished_at = clock_timestamp()
+         metrics = p_metrics, junit = p_junit, outcomes = t.outcomes + 1, finished_at = clock_timestamp(),
+         spent_ms = t.spent_ms + coalesce((p_metrics->>'wallMs')::bigint, 0)
    WHERE t.run_id = p_run_id AND t.task_key = p_task_key AND t.fence = p_fence AND t.status = 'running' RETURNING * INTO v_task;
   IF NOT FOUND THEN RETURN; END IF;
 
@@ -265,10 +299,14 @@ BEGIN
     ON CONFLICT (receipt_key) DO UPDATE SET seen_count = m.seen_count + 1, last_attempt = excluded.last_attempt;
 
   IF v_run.status = 'running' AND v_run.stage = 'execute' THEN
-    IF v_run.depends THEN
-      -- Two finishers may together make a task ready that neither sees alone: they take turns.
+    v_fast := p_status = 'failed' AND v_run.settings->>'on_failure' = 'FailFast';
+    v_turns := v_run.depends OR app.sandbox_room(v_run) IS NOT NULL;
+    IF v_turns OR v_fast THEN
+      -- Two finishers may together make a task ready that neither sees alone, or take the same minutes: they take turns.
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
-      IF p_status = 'failed' THEN PERFORM app.skip_dependents(p_run_id, v_task.generation, v_task.task_id); END IF;
+      IF v_run.depends AND p_status = 'failed' THEN PERFORM app.skip_dependents(p_run_id, v_task.generation, v_task.task_id); END IF;
+      IF v_fast THEN PERFORM app.skip_waiting(p_run_id, v_task.generation); END IF;
+      v_room := app.sandbox_room(v_run);
     END IF;
     v_priority := (v_run.settings->>'priority')::int; v_partition := v_run.settings->>'partition';
     UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1,
@@ -280,19 +318,21 @@ BEGIN
      WHERE t.run_id = p_run_id AND t.task_key = (
              SELECT q.task_key FROM app.sbx_runs q WHERE q.run_id = p_run_id AND q.status = 'queued' AND q.workflow_id IS NULL AND app.ready(q)
               ORDER BY q.idx LIMIT 1 FOR UPDATE SKIP LOCKED)
+       AND (v_room IS NULL OR t.timeout_ms <= v_room)
     RETURNING * INTO v_next;
     IF FOUND AND p_carry THEN
       INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
       VALUES (v_next.fence, p_run_id, v_next.task_key, v_next.attempt, 'created', p_executor);
-      IF v_run.depends THEN PERFORM app.top_up(p_run_id, p_version); END IF;
+      IF v_turns THEN PERFORM app.top_up(p_run_id, p_version); END IF;
       RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.attempt - v_next.attempt_base, v_next.fence, v_next.request;
       RETURN;
     ELSIF FOUND THEN
       PERFORM app.enqueue('TaskWF', v_next.workflow_id, p_run_id, p_version, v_partition, v_priority);
-      IF v_run.depends THEN PERFORM app.top_up(p_run_id, p_version); END IF;
+      IF v_turns THEN PERFORM app.top_up(p_run_id, p_version); END IF;
     ELSE
       -- NO KEY UPDATE, not UPDATE: finishers hold KEY SHARE already, and an upgrade to UPDATE would deadlock two of them.
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
+      IF v_turns THEN PERFORM app.top_up(p_run_id, p_version); END IF;
       UPDATE app.runs r SET stage = 'finish' WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute'
          AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = p_run_id AND t.status IN ('queued','running'));
       IF FOUND THEN

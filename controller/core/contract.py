@@ -105,7 +105,8 @@ class ErrCode(StrEnum):
     DOWNLOAD_FAIL = "DOWNLOAD_FAIL"
     LOST = "LOST"
     CANCELED = "CANCELED"
-    SKIPPED = "SKIPPED"  # a task that it depends on failed
+    SKIPPED = "SKIPPED"  # not run: a task that it depends on failed, or any did and the recipe is FailFast
+    BUDGET = "BUDGET"  # not run: maxSandboxMinutes are used up
 
     @property
     def retryable(self) -> bool:

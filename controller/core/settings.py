@@ -6,14 +6,26 @@ The result is stored with the run and goes into the digest; nothing reads the In
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from controller.core.errors import InvalidIntent
 
 DEFAULT_RECIPE = "sandbox-default"
+RUN_ALL, FAIL_FAST = "RunAll", "FailFast"
 MAX_PARALLELISM = 64  # "unlimited" must be a finite window, or no task can be carried on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named way to carry an Intent out: what happens after a task failed, and caps (None: none) that no Intent may pass."""
+
+    on_failure: str = RUN_ALL
+    max_tasks: int | None = None
+    parallelism: int | None = None
+    timeout_seconds: int | None = None
+    max_sandbox_minutes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +37,7 @@ class Policy:
     templates: tuple[str, ...]
     egress: tuple[str, ...]
     max_priority: int
-    recipes: tuple[str, ...]
+    recipes: Mapping[str, Recipe]
     max_executions: int
     sha256: str
 
@@ -53,6 +65,7 @@ class Settings:
     expires_after_seconds: int
     max_executions: int
     policy_sha256: str
+    on_failure: str = RUN_ALL
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as stored in app.runs.settings."""
@@ -68,8 +81,11 @@ def effective(spec: Mapping[str, Any], *, namespace: str, policy: Policy) -> Set
     """Merge. Raises InvalidIntent naming the first field that the policy does not admit, and what it would admit."""
     sandbox, limits, approval = spec.get("sandbox") or {}, spec.get("limits") or {}, spec.get("approval") or {}
     egress = sandbox.get("egress") or {}
+    name = spec.get("recipe", DEFAULT_RECIPE)
+    _admit("spec.recipe", name, policy.recipes)
+    recipe = policy.recipes[name]
     settings = Settings(
-        recipe=spec.get("recipe", DEFAULT_RECIPE),
+        recipe=name,
         partition=f"{namespace}/{spec.get('queuePartitionKey', '')}",
         priority=spec.get("priority", 0),
         template=sandbox.get("template", "python"),
@@ -78,18 +94,18 @@ def effective(spec: Mapping[str, Any], *, namespace: str, policy: Policy) -> Set
         cpu_millis=cpu_millis(str(sandbox.get("cpu", "1"))),
         memory_mb=memory_mb(str(sandbox.get("memory", "512Mi"))),
         task_timeout_seconds=sandbox.get("taskTimeoutSeconds", 300),
-        max_tasks=limits.get("maxTasks", 100),
-        parallelism=min(limits.get("parallelism", 10), MAX_PARALLELISM),
-        timeout_seconds=limits.get("timeoutSeconds", 7200),
+        max_tasks=_least(limits.get("maxTasks", 100), recipe.max_tasks),
+        parallelism=_least(limits.get("parallelism", 10), recipe.parallelism, MAX_PARALLELISM),
+        timeout_seconds=_least(limits.get("timeoutSeconds", 7200), recipe.timeout_seconds),
         max_tokens=limits.get("maxTokens", 500_000),
-        max_sandbox_minutes=limits.get("maxSandboxMinutes", 60),
+        max_sandbox_minutes=_least(limits.get("maxSandboxMinutes", 60), recipe.max_sandbox_minutes),
         required=max(approval.get("required", 1), policy.required),
         allow_requester=policy.allow_requester,
         expires_after_seconds=approval.get("expiresAfterSeconds", 259_200),
         max_executions=policy.max_executions,
         policy_sha256=policy.sha256,
+        on_failure=recipe.on_failure,
     )
-    _admit("spec.recipe", settings.recipe, policy.recipes)
     _admit("spec.sandbox.template", settings.template, policy.templates)
     _admit("spec.sandbox.egress.mode", settings.egress_mode, policy.egress)
     if settings.priority > policy.max_priority:
@@ -99,7 +115,11 @@ def effective(spec: Mapping[str, Any], *, namespace: str, policy: Policy) -> Set
     return settings
 
 
-def _admit(field: str, value: str, allowed: tuple[str, ...]) -> None:
+def _least(asked: int, *caps: int | None) -> int:
+    return min([asked, *(cap for cap in caps if cap is not None)])
+
+
+def _admit(field: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise InvalidIntent(
             field, f"{value!r} is not allowed in this namespace; its policy allows {', '.join(allowed)}"

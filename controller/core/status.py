@@ -32,6 +32,7 @@ REASONS = {
     "Repairing": "a retry is waiting for a worker",
     "Succeeded": "every task succeeded",
     "TaskFailed": "a task failed by itself (a red test, a timeout, out of memory)",
+    "BudgetExceeded": "limits.maxSandboxMinutes are used up; the remaining tasks were not run",
     "InfrastructureFailed": "sandboxes could not be had, three attempts each",
     "PlanFailed": "no plan could be made",
     "ExecutionRefused": "the stored bytes are not the approved bytes, or the sandbox template changed",

@@ -92,7 +92,7 @@ UPDATE app.runs SET approval_name = %(name)s, approval_uid = %(uid)s
 -- name: approve
 -- Votes read after the deadline do not count: the database's clock decides.
 UPDATE app.runs SET status = %(target)s, stage = %(stage)s, execution_no = execution_no + 1, total = 0, reason = NULL, error = NULL,
-       next_action = NULL, started_at = coalesce(started_at, clock_timestamp()), finished_at = NULL,
+       next_action = NULL, started_at = coalesce(started_at, clock_timestamp()), finished_at = NULL, executing_since = clock_timestamp(),
        deadline_at = clock_timestamp() + make_interval(secs => (settings->>'timeout_seconds')::int)
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND digest = %(digest)s AND approval_uid = %(approval_uid)s
    AND approval_deadline > clock_timestamp()
@@ -230,8 +230,8 @@ SELECT count(DISTINCT approver) AS n FROM app.plan_approvals
  WHERE run_id = %(run_id)s AND digest = %(digest)s AND verdict = 'Approve' AND consumed_by <> 'reject'
 
 -- name: insert_tasks
-INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, depends)
-SELECT %(run_id)s, k, t, n - 1, %(generation)s, q, ARRAY(SELECT jsonb_array_elements_text(d))
+INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, timeout_ms, depends)
+SELECT %(run_id)s, k, t, n - 1, %(generation)s, q, (q->>'timeoutMs')::bigint, ARRAY(SELECT jsonb_array_elements_text(d))
   FROM unnest(%(keys)s::text[], %(ids)s::text[], %(requests)s::jsonb[], %(depends)s::jsonb[]) WITH ORDINALITY AS x(k, t, q, d, n)
 ON CONFLICT DO NOTHING
 
@@ -259,7 +259,9 @@ WITH run AS (
 ), leased AS (
   SELECT EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = %(executor)s AND l.expires_at > clock_timestamp()) AS ok
 ), task AS (
-  UPDATE app.sbx_runs t SET status = 'running', attempt = t.attempt + 1, fence = nextval('app.fence_seq'), started_at = clock_timestamp()
+  -- What the attempt before took is spent, whatever became of it.
+  UPDATE app.sbx_runs t SET status = 'running', attempt = t.attempt + 1, fence = nextval('app.fence_seq'), started_at = clock_timestamp(),
+         spent_ms = t.spent_ms + CASE t.status WHEN 'running' THEN least(t.timeout_ms, 1000 * extract(epoch FROM clock_timestamp() - t.started_at))::bigint ELSE 0 END
   FROM run, leased
   WHERE t.run_id = run.id AND t.workflow_id = %(workflow_id)s AND t.status IN ('queued','running')
     AND run.status = 'running' AND run.stage = 'execute' AND leased.ok

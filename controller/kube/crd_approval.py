@@ -88,6 +88,7 @@ class Execution(SpecPart):
     template: Annotated[str, Field(min_length=1, max_length=512)]
     egress: ApprovedEgress
     limits: ApprovedLimits
+    on_failure: Literal["RunAll", "FailFast"] | None = None
     secrets: Annotated[tuple[Name253, ...], Field(max_length=16)] = ()
     policy_sha256: Hex64
     compiler_version: Annotated[str, Field(min_length=1, max_length=64)]

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controller.core.errors import Permanent
-from controller.core.settings import Policy
+from controller.core.settings import DEFAULT_RECIPE, RUN_ALL, Policy, Recipe
+
+Cap = Annotated[int, Field(ge=1)] | None
+
+
+class _Recipe(BaseModel):
+    """One of the file's `recipes`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    onFailure: Literal["RunAll", "FailFast"]
+    maxTasks: Cap = None
+    parallelism: Cap = None
+    timeoutSeconds: Cap = None
+    maxSandboxMinutes: Cap = None
 
 
 class _Rules(BaseModel):
@@ -40,7 +54,9 @@ class Policies:
         if document is None:
             document = {}
         if not isinstance(document, dict):
-            raise Permanent(f"POLICY_FILE {path}: must hold `default:` and `namespaces:`")
+            raise Permanent(f"POLICY_FILE {path}: must hold `recipes:`, `default:` and `namespaces:`")
+        recipes = document.get("recipes") or {DEFAULT_RECIPE: {"onFailure": RUN_ALL}}
+        self._recipes = {name: _recipe(name, rules) for name, rules in recipes.items()}
         self._default: dict[str, Any] = document.get("default") or {}
         self._namespaces: dict[str, dict[str, Any]] = document.get("namespaces") or {}
         for namespace in ("", *self._namespaces):
@@ -55,13 +71,33 @@ class Policies:
             first = e.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
             raise Permanent(f"POLICY_FILE: {namespace or 'default'}.{field}: {first['msg']}") from e
+        if unknown := set(rules.recipes) - set(self._recipes):
+            known = ", ".join(sorted(self._recipes)) or "none"
+            raise Permanent(
+                f"POLICY_FILE: {namespace or 'default'}.recipes: {', '.join(sorted(unknown))}: not among `recipes:` ({known})"
+            )
         return Policy(
             required=rules.required,
             allow_requester=rules.allowRequester,
             templates=tuple(rules.templates),
             egress=tuple(rules.egress),
             max_priority=rules.maxPriority,
-            recipes=tuple(rules.recipes),
+            recipes={name: self._recipes[name] for name in rules.recipes},
             max_executions=rules.maxExecutions,
             sha256=self._sha256,
         )
+
+
+def _recipe(name: str, rules: Any) -> Recipe:
+    try:
+        one = _Recipe.model_validate(rules)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        raise Permanent(f"POLICY_FILE: {'.'.join(map(str, ('recipes', name, *first['loc'])))}: {first['msg']}") from e
+    return Recipe(
+        on_failure=one.onFailure,
+        max_tasks=one.maxTasks,
+        parallelism=one.parallelism,
+        timeout_seconds=one.timeoutSeconds,
+        max_sandbox_minutes=one.maxSandboxMinutes,
+    )

@@ -40,10 +40,17 @@ def finish_run(run_id: str) -> str:
 
 
 def verdict(results: Sequence[TaskResult]) -> tuple[Event, str, str | None]:
-    """All succeeded → succeed; a task failed by itself → fail; only infrastructure failed → exceed."""
+    """All succeeded → succeed; the budget ended or a task failed by itself → fail; only infrastructure failed → exceed."""
     failed = [r for r in results if r.status != "succeeded"]
     if not failed:
         return Event.SUCCEED, "Succeeded", None
+    if any(r.err_code is ErrCode.BUDGET for r in failed):
+        unrun = sum(r.err_code is ErrCode.BUDGET for r in failed)
+        return (
+            Event.FAIL,
+            "BudgetExceeded",
+            f"{unrun} of {len(results)} tasks were not run: limits.maxSandboxMinutes are used up",
+        )
     ran = [r for r in failed if r.err_code is not ErrCode.SKIPPED]
     red = [r for r in ran if r.err_code is None or not r.err_code.retryable]
     first = (red or failed)[0]

@@ -115,3 +115,39 @@ def test_a_providers_limits_make_tasks_wait_and_never_fail(product: Product) -> 
     [(seconds,)] = product.sql(f"SELECT {first_to_last} FROM app.sbx_runs")
     assert seconds > 60 / 40 * 0.9, "40 at once by the burst, then 40 a second"
     assert product.sql("SELECT count(*) FROM app.sbx_attempts WHERE admitted_by = 'mock'") == [(100,)]
+
+
+def test_a_fail_fast_recipe_begins_nothing_after_a_failure(product: Product) -> None:
+    product.start()
+    product.apply("fast", "run five checks of which one fails", recipe="sandbox-fail-fast", limits={"parallelism": 1})
+    product.wait_phase("fast", "WaitingInput")
+    spec = product.objects("planapprovals")[0]["spec"]
+    assert spec["plan"]["execution"]["onFailure"] == "FailFast", "whoever approves sees it"
+    product.vote("fast")
+    done = product.wait_phase("fast", "Succeeded", "Failed")
+    assert (done["phase"], done["reason"], done["tasks"]["display"]) == ("Failed", "TaskFailed", "5/5")
+    assert [f["errCode"] for f in done["failures"]] == ["CMD_NONZERO", "SKIPPED", "SKIPPED"]
+    assert sum(product.starts().values()) == 3
+
+
+def test_sandbox_minutes_bound_how_many_run_and_end_the_run_when_they_are_used_up(product: Product) -> None:
+    product.start()
+    limits = {"parallelism": 4, "maxSandboxMinutes": 1}
+    product.apply("enough", "twenty short waits", limits=limits, sandbox={"taskTimeoutSeconds": 25})
+    product.apply("short", "twenty short waits", limits=limits)
+    for name in ("enough", "short"):
+        product.wait_phase(name, "WaitingInput")
+        product.vote(name)
+    done = product.wait_phase("enough", "Succeeded", "Failed", seconds=60)
+    assert (done["phase"], done["tasks"]["succeeded"]) == ("Succeeded", 20)
+    at_once = (
+        "SELECT max(n) FROM (SELECT a.fence, (SELECT count(*) FROM app.sbx_attempts b WHERE b.run_id = a.run_id"
+        " AND b.created_at <= a.created_at AND b.ended_at > a.created_at) AS n"
+        " FROM app.sbx_attempts a JOIN app.runs r ON r.id = a.run_id JOIN app.intents i ON i.id = r.intent_id"
+        " WHERE i.name = %s) x"
+    )
+    assert product.sql(at_once, "enough") == [(2,)], "each reserves 25 of 60 seconds"
+    over = product.wait_phase("short", "Succeeded", "Failed", seconds=60)
+    assert (over["phase"], over["reason"]) == ("Failed", "BudgetExceeded")
+    assert over["tasks"]["succeeded"] == 1 and {f["errCode"] for f in over["failures"]} == {"BUDGET"}
+    assert "19 of 20 tasks were not run" in product.condition("short", "Succeeded")["message"]

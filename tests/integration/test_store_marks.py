@@ -45,7 +45,8 @@ def insert_run(pool: Pool, run_id: str, status: Status, stage: Stage) -> None:
     for n, task in enumerate(("running", "queued", "succeeded")):
         sql(
             pool,
-            "INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, status) VALUES ($1, $2, $3, $4, 1, '{}', $3)",
+            "INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, timeout_ms, status)"
+            " VALUES ($1, $2, $3, $4, 1, '{}', 1, $3)",
             run_id,
             f"{run_id}/{task}",
             task,

@@ -12,7 +12,7 @@ from controller.core import digest as digests
 from controller.core.contract import Egress, ErrCode, FileIn, Limits, Metrics, SBXReq, SBXRes
 from controller.core.phases import Stage, Status
 from controller.core.run import Approval, Intent, Run, Vote
-from controller.core.settings import Policy, Settings, effective
+from controller.core.settings import Policy, Recipe, Settings, effective
 from controller.core.taskkey import task_key
 from controller.core.work import Context, Outcome, Task
 
@@ -28,7 +28,7 @@ POLICY = Policy(
     templates=("python",),
     egress=("None",),
     max_priority=0,
-    recipes=("sandbox-default",),
+    recipes={"sandbox-default": Recipe(), "fail-fast": Recipe(on_failure="FailFast")},
     max_executions=3,
     sha256="a" * 64,
 )
@@ -101,6 +101,7 @@ def execution(**changes: Any) -> dict[str, Any]:
             "maxSandboxMinutes": 60,
             "timeoutSeconds": 7200,
         },
+        "onFailure": "RunAll",
         "secrets": [],
         "policySha256": "a" * 64,
         "compilerVersion": "1",

@@ -153,7 +153,11 @@ def test_the_default_policy_is_one_that_the_controller_reads(tmp_path: Path) -> 
     file.write_text(yaml.safe_dump(load(CHART / "values.yaml")["policy"]))
     policy = Policies(file).of("any")
     assert (policy.required, policy.allow_requester, policy.max_priority, policy.max_executions) == (1, True, 0, 3)
-    assert (policy.templates, policy.egress, policy.recipes) == (("python",), ("None",), ("sandbox-default",))
+    assert (policy.templates, policy.egress, tuple(policy.recipes)) == (
+        ("python",),
+        ("None",),
+        ("sandbox-default", "sandbox-fail-fast"),
+    )
 
 
 # --------------------------------------------------------------------------- rights

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from controller.core.errors import InvalidIntent, Permanent
-from controller.core.settings import MAX_PARALLELISM, Policy, Settings, cpu_millis, effective, memory_mb
+from controller.core.settings import (
+    FAIL_FAST,
+    MAX_PARALLELISM,
+    Policy,
+    Recipe,
+    Settings,
+    cpu_millis,
+    effective,
+    memory_mb,
+)
 from controller.kube import spec
 from controller.kube.policy import Policies
 from tests.support.builders import POLICY, settings
@@ -20,7 +29,7 @@ WIDE = replace(
     max_priority=10,
     egress=("None", "Public", "Allow"),
     templates=("python", "node"),
-    recipes=("sandbox-default", "x"),
+    recipes={"sandbox-default": Recipe(), "x": Recipe()},
 )
 
 
@@ -192,6 +201,17 @@ def test_what_is_no_memory_quantity_is_refused(text: str) -> None:
         memory_mb(text)
 
 
+def test_a_recipe_says_what_follows_a_failure_and_caps_the_limits() -> None:
+    recipe = Recipe(on_failure=FAIL_FAST, max_tasks=5, parallelism=2, timeout_seconds=60, max_sandbox_minutes=3)
+    policy = replace(POLICY, recipes={"small": recipe})
+    capped = effective({"recipe": "small"}, namespace="team", policy=policy)
+    assert capped.on_failure == "FailFast"
+    assert (capped.max_tasks, capped.parallelism, capped.timeout_seconds, capped.max_sandbox_minutes) == (5, 2, 60, 3)
+    less = {"recipe": "small", "limits": {"maxTasks": 4, "parallelism": 1, "timeoutSeconds": 9, "maxSandboxMinutes": 1}}
+    asked = effective(less, namespace="team", policy=policy)
+    assert (asked.max_tasks, asked.parallelism, asked.timeout_seconds, asked.max_sandbox_minutes) == (4, 1, 9, 1)
+
+
 # ------------------------------------------------------------------ the policy file
 
 FILE = """\
@@ -219,9 +239,24 @@ def test_another_byte_in_the_policy_file_is_another_policy(tmp_path: Path) -> No
     assert policies(tmp_path, FILE).of("team") != policies(tmp_path, FILE + "\n").of("team")
 
 
+RECIPES = "recipes: {small: {onFailure: FailFast, parallelism: 2}}\n"
+
+
+def test_recipes_of_the_file_are_the_only_ones(tmp_path: Path) -> None:
+    found = policies(tmp_path, RECIPES + FILE.replace("sandbox-default", "small"))
+    assert found.of("team").recipes == {"small": Recipe(on_failure="FailFast", parallelism=2)}
+    with pytest.raises(Permanent, match=r"default\.recipes: sandbox-default: not among `recipes:` \(small\)"):
+        policies(tmp_path, RECIPES + FILE)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        ("recipes: {x: {onFailure: Never}}\n" + FILE, "recipes.x.onFailure"),
+        ("recipes: {x: {}}\n" + FILE, "recipes.x.onFailure"),
+        ("recipes: {x: 1}\n" + FILE, "recipes.x"),
+        ("recipes: {x: {onFailure: RunAll, parallelism: 0}}\n" + FILE, "recipes.x.parallelism"),
+        ("recipes: {x: {onFailure: RunAll, tasks: 1}}\n" + FILE, "recipes.x.tasks"),
         ("", "default.required"),
         (FILE.replace("required: 2", "required: two"), "payments.required"),
         (FILE.replace("allowRequester: false", "allowRequester: 1"), "payments.allowRequester"),

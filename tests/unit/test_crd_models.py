@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from controller.core import settings as core_settings
 from controller.core.phases import Status
-from controller.core.settings import Policy
+from controller.core.settings import Policy, Recipe
 from controller.kube import crd
 from controller.kube.crd import DEFAULTS, IntentSpec, IntentStatus
 from controller.kube.crd_approval import PlanApprovalSpec, PlanApprovalStatus
@@ -163,7 +163,7 @@ def test_defaults_are_what_the_core_assumes() -> None:
         templates=(DEFAULTS.template,),
         egress=("None",),
         max_priority=0,
-        recipes=(DEFAULTS.recipe,),
+        recipes={DEFAULTS.recipe: Recipe()},
         max_executions=3,
         sha256="0" * 64,
     )
