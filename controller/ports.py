@@ -114,6 +114,9 @@ class SandboxProvider(Protocol):
     def resolve(self, template: str) -> str:
         """The template as an immutable reference (image digest, build id, toolchain hash). Raises InvalidIntent when unknown."""
 
+    def check(self, request: SBXReq) -> object:
+        """Raises InvalidIntent for what cannot be run here as it is meant. Asks nobody; what it returns is the provider's own."""
+
     def run(
         self,
         request: SBXReq,

@@ -18,6 +18,7 @@ from pathlib import Path
 from controller.core.contract import ErrCode, Metrics, SBXReq, SBXRes
 from controller.core.errors import InvalidIntent
 from controller.core.model import Artifact, Chunk, Owner
+from controller.sbx import result
 from controller.sbx.artifacts import artifact, index
 from controller.sbx.output import STREAM_LIMIT, Capture
 from controller.sbx.uploads import Verifier, log_start
@@ -78,6 +79,12 @@ class MockProvider:
             raise InvalidIntent("spec.sandbox.template", f"{template!r} is unknown here; there is: {known}")
         return f"mock:{template}"
 
+    def check(self, request: SBXReq) -> None:
+        """Raises InvalidIntent."""
+        result.check(request)
+        if request.env_ref not in (f"mock:{name}" for name in self._templates):
+            raise InvalidIntent("spec.sandbox.template", f"{request.env_ref} is unknown here")
+
     def run(
         self,
         request: SBXReq,
@@ -104,7 +111,7 @@ class MockProvider:
                 self._runs.remove(run)
         collected = code in (ErrCode.NONE, ErrCode.CMD_NONZERO, ErrCode.TIMEOUT)
         found = [artifact(name, content) for name, content in sorted(run.outputs.items())] if collected else []
-        result = SBXRes(
+        answer = SBXRes(
             exit=status,
             stdout=run.capture.tail("stdout"),
             stderr=run.capture.tail("stderr"),
@@ -114,7 +121,7 @@ class MockProvider:
             err_code=code,
             task_key=owner.task_key,
         )
-        return result, found
+        return answer, found
 
     def kill(self, owner: Owner) -> int:
         with self._lock:
@@ -128,8 +135,10 @@ class MockProvider:
             return [run.owner for run in self._runs if run.owner.store_id == store_id]
 
     def _judge(self, run: _Run, files: Mapping[str, bytes]) -> tuple[ErrCode, int | None]:
-        if not run.request.env_ref.startswith("mock:") or run.request.env_ref[5:] not in self._templates:
-            run.capture.note(f"{run.request.env_ref} is no template of this provider")
+        try:
+            self.check(run.request)
+        except InvalidIntent as e:
+            run.capture.note(str(e))
             return ErrCode.BOOT_FAIL, None
         if complaint := self._verifier.complaint(run.request, files):
             run.capture.note(complaint)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from dbos import DBOS
 
@@ -30,7 +32,8 @@ def execute_plan(run_id: str) -> str:
         return "ended"
     try:
         verify(me, ctx)
-        tasks = requests(ctx)
+        assert ctx.record is not None  # verify() has seen it
+        tasks = requests(ctx, ctx.record)
     except Permanent as e:
         log.error("execution refused", extra={"run": run_id, "error": str(e)})
         me.store.refuse_execution(ctx, error=str(e))
@@ -54,10 +57,9 @@ def verify(me: Parts, ctx: Context) -> None:
         raise DigestMismatch(f"sandbox template is now {resolved}, approved was {execution['template']}; plan again")
 
 
-def requests(ctx: Context) -> list[Task]:
-    """One SBXReq per approved task, in plan order, from the approved record alone."""
-    assert ctx.record is not None  # verify() has seen it
-    record, execution = ctx.record, ctx.record["execution"]
+def requests(ctx: Context, record: Mapping[str, Any]) -> list[Task]:
+    """One SBXReq per task of the execution record, in plan order, from the record alone."""
+    execution = record["execution"]
     files = [FileIn(kind="archive", sha256=execution["snapshotSha256"])]
     if record["patchSha256"] != digests.sha256(b""):
         files.append(FileIn(kind="patch", sha256=record["patchSha256"]))

@@ -21,6 +21,7 @@ from controller.core.visible import visible
 from controller.core.work import Context
 from controller.ports import never
 from controller.workflows.compile import Bounds, Brief, Compiled, compile_plan, repair_plan
+from controller.workflows.execute import requests
 from controller.workflows.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ def decide_st(me: Parts, ctx: Context, known: Outputs, compiled: Mapping[str, An
             patch_sha256=str(patched["patchSha256"]),
             execution=execution(me, ctx, compiled),
         )
+        for task in requests(ctx, record):  # nobody should approve what cannot be run
+            me.sandboxes.check(task.request)
         digest = digests.plan_digest(record)
         output = {"decision": "plan_not_approved", "digest": digest, "record": record, "plan": plan}
         return Tracked(output=output)

@@ -80,6 +80,21 @@ def test_an_invalid_intent_gets_a_clear_answer_and_zero_rows(product: Product) -
     assert set(product.rows().values()) == {0}
 
 
+def test_what_the_provider_cannot_run_is_never_shown_for_approval(product: Product) -> None:
+    policy = product.stack.state / f"{product.namespace}-policy.yaml"
+    policy.write_text((product.stack.state / "policy.yaml").read_text().replace("- None", "- Public"))
+    assert "- Public" in policy.read_text()
+    product.start(SBX_MODE="live", POLICY_FILE=str(policy))
+    product.apply("net", "say hello", sandbox={"egress": {"mode": "Public"}})
+    status = product.wait_phase("net", "WaitingInput", "Failed")
+    assert (status["phase"], status["reason"]) == ("Failed", "PlanFailed")
+    assert (
+        "spec.sandbox.egress.mode: the local provider has no network"
+        in product.condition("net", "Succeeded")["message"]
+    )
+    assert product.objects("planapprovals") == []
+
+
 def test_a_suspended_intent_waits_until_it_is_released(product: Product) -> None:
     product.start()
     product.apply("later", "say hello", suspend=True)

@@ -268,6 +268,14 @@ def test_another_reference_than_resolved_starts_nothing(kit: Kit) -> None:
     assert not kit.start_log.exists()
 
 
+def test_what_cannot_be_run_as_it_is_meant_is_known_before(kit: Kit) -> None:
+    kit.provider.check(kit.request("echo fine"))
+    with pytest.raises(InvalidIntent, match=r"spec\.sandbox: the working directory '/etc' is not in /workspace"):
+        kit.provider.check(kit.request("echo never", workdir="/etc"))
+    with pytest.raises(InvalidIntent, match=r"spec\.sandbox\.template"):
+        kit.provider.check(kit.request("echo never", env_ref="local:base@sha256:" + "0" * 64))
+
+
 def test_kill_by_fence_while_running(kit: Kit) -> None:
     owner = kit.owner()
     join = kit.begin("echo before; sleep 30", owner=owner)
