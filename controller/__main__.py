@@ -1,4 +1,4 @@
-"""The command line: `python -m controller run | oc-daemon | migrate`. Exit codes: 0 fine, 2 bad configuration, 75 fenced off."""
+"""The command line: `python -m controller run | oc-daemon | migrate | artifact`. Exit codes: 0 fine, 2 bad configuration, 75 fenced off."""
 
 from __future__ import annotations
 
@@ -85,6 +85,33 @@ def migrate(
         typer.echo(f"migrate: {e}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"migrated: {', '.join(applied) or 'nothing to do'}")
+
+
+@cli.command()
+def artifact(
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="artifact://run/…, as status.result has it; a shorter one lists")
+    ],
+    database_url: Annotated[str, typer.Option(envvar="DATABASE_URL", help="PostgreSQL, as a role that may read")],
+) -> None:
+    """Write an artifact's bytes to standard output, for example a patch: … | git apply. Exit code 1: there is none."""
+    from controller.db import artifacts, pool
+
+    try:
+        with pool.open_pool(database_url, size=1, name="sisu-kodo-artifact") as db:
+            content = artifacts.read(db, reference)
+            listed = artifacts.below(db, reference) if content is None else ()
+    except SisuError as e:
+        typer.echo(f"artifact: {e}", err=True)
+        raise typer.Exit(1) from None
+    if content is not None:
+        sys.stdout.buffer.write(content)
+        return
+    if not listed:
+        typer.echo(f"artifact: {reference} is no reference that this database has, nor the beginning of one", err=True)
+        raise typer.Exit(1)
+    for uri, size in listed:
+        typer.echo(f"{size:>10} {uri}")
 
 
 if __name__ == "__main__":

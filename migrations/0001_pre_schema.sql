@@ -147,6 +147,8 @@ CREATE TABLE app.artifacts (
   PRIMARY KEY (run_id, step_id, task_key, attempt, name)
 );
 
+CREATE INDEX artifacts_uri ON app.artifacts (uri text_pattern_ops);
+
 CREATE TABLE app.chunks (               -- stream sbx:<taskKey>
   task_key text NOT NULL, attempt int NOT NULL, seq int NOT NULL,
   kind text NOT NULL CHECK (kind IN ('stdout','stderr','stream_closed')), data bytea NOT NULL,

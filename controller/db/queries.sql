@@ -214,6 +214,12 @@ SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 -- name: blob
 SELECT content FROM app.blobs WHERE sha256 = %(sha256)s
 
+-- name: artifact
+SELECT sha256 FROM app.artifacts WHERE uri = %(uri)s ORDER BY attempt DESC LIMIT 1
+
+-- name: artifacts_below
+SELECT DISTINCT ON (uri) uri, size FROM app.artifacts WHERE starts_with(uri, %(folder)s) ORDER BY uri, attempt DESC
+
 -- name: insert_artifact
 INSERT INTO app.artifacts (run_id, step_id, task_key, attempt, name, kind, sha256, size, uri)
 VALUES (%(run_id)s, %(step_id)s, %(task_key)s, %(attempt)s, %(name)s, %(kind)s, %(sha256)s, %(size)s, %(uri)s) ON CONFLICT DO NOTHING

@@ -18,17 +18,12 @@ from controller.core.phases import Event, Stage, Status
 from controller.core.settings import Settings
 from controller.core.visible import visible
 from controller.core.work import Attempt, Context, Execution, Outcome, TaskResult
+from controller.db.artifacts import artifact_uri
 from controller.db.blobs import read_blob
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
 from controller.db.runs import move_params
 
 SEND_BYTES = 64 * 1024
-
-
-def artifact_uri(run_id: str, step_id: str, task_key: str, name: str) -> str:
-    """`artifact://run/<runId>/step/<stepId>[/task/<taskKey>]/<name>`."""
-    task = f"/task/{task_key}" if task_key else ""
-    return f"artifact://run/{run_id}/step/{step_id}{task}/{name}"
 
 
 class PgWorkStore:
