@@ -8,30 +8,28 @@ The SDK's transport may abort an interpreter that ends by itself: controller/mai
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from controller.core.contract import ErrCode, Metrics, SBXReq, SBXRes
+from controller.core.contract import ErrCode, SBXReq, SBXRes
 from controller.core.errors import InvalidIntent, SisuError, Unavailable
 from controller.core.model import Artifact, Chunk, Owner
 from controller.sbx import e2b_api, e2b_errors, result
 from controller.sbx.artifacts import Caps
 from controller.sbx.e2b_api import Account, Api
-from controller.sbx.e2b_box import BoxTask, script
-from controller.sbx.e2b_calls import Bounds, JobCanceled, Loop, load
-from controller.sbx.e2b_run import Run
-from controller.sbx.output import STREAM_LIMIT, Capture
+from controller.sbx.e2b_box import BoxTask, command_line
+from controller.sbx.e2b_calls import Bounds, load
+from controller.sbx.loop import Loop
+from controller.sbx.output import STREAM_LIMIT
+from controller.sbx.runs import Attempted, Run, Runs
 from controller.sbx.task import COLLECTED, Verdict, settle
-from controller.sbx.uploads import Verifier, log_start
+from controller.sbx.uploads import log_start
 
 if TYPE_CHECKING:
     from e2b import AsyncSandbox
@@ -40,7 +38,13 @@ log = logging.getLogger(__name__)
 MARGIN = 300  # seconds that a box may live beyond its task's time, for what comes before and after the command
 REFERENCE = re.compile(r"e2b:(?P<name>[^@/]+)@(?P<template>[^@/]+)/(?P<build>[^@/]+)")
 T = TypeVar("T")
-Attempted: TypeAlias = tuple[Verdict, list[Artifact]]
+
+
+class Build(NamedTuple):
+    """What a box is made from: ids at E2B."""
+
+    template: str
+    build: str
 
 
 class E2BProvider:
@@ -58,14 +62,12 @@ class E2BProvider:
         observe: Callable[[str, float], None] = lambda stage, seconds: None,
     ) -> None:
         """Asks nothing of E2B yet. `templates` are our names → E2B's template ids; `observe` as in local.py."""
-        self._templates, self._start_log, self._output_limit = dict(templates), start_log, output_limit
-        self._caps, self._bounds, self._observe = caps or Caps(), bounds or Bounds(), observe
+        self._templates, self._start_log = dict(templates), start_log
+        self._caps, self._bounds = caps or Caps(), bounds or Bounds()
         self._api = Api(account, bounds=self._bounds)
-        self._verifier = Verifier()
-        self._runs: dict[tuple[str, int], Run] = {}
         self._told: set[str] = set()
-        self._lock = threading.Lock()
         self._loop = Loop("e2b")
+        self._runs: Runs[Build] = Runs("e2b", loop=self._loop, output_limit=output_limit, observe=observe)
 
     @property
     def name(self) -> str:
@@ -90,15 +92,15 @@ class E2BProvider:
             raise e2b_errors.of_template(e, wanted) from e
         return f"e2b:{template}@{wanted}/{build}"
 
-    def check(self, request: SBXReq) -> tuple[str, str]:
-        """Template id and build. Raises InvalidIntent when this provider cannot run the request as it is meant."""
+    def check(self, request: SBXReq) -> Build:
+        """Raises InvalidIntent when this provider cannot run the request as it is meant."""
         e2b_api.network(request.egress)
         result.check(request)
-        script(request, memory=True)
+        command_line(request, memory=True)
         ref = REFERENCE.fullmatch(request.env_ref)
         if ref is None or self._templates.get(ref["name"]) != ref["template"]:
             raise InvalidIntent("spec.sandbox.template", f"{request.env_ref} is not what SBX_E2B_TEMPLATES names now")
-        return ref["template"], ref["build"]
+        return Build(ref["template"], ref["build"])
 
     def run(
         self,
@@ -109,38 +111,14 @@ class E2BProvider:
         emit: Callable[[Chunk], None],
         canceled: Callable[[], bool],
     ) -> tuple[SBXRes, Sequence[Artifact]]:
-        started = time.monotonic()
-        capture = Capture(emit, limit=self._output_limit)
-        ref, found = "e2b:", list[Artifact]()
-        try:
-            template, build = self.check(request)
-        except InvalidIntent as e:
-            verdict = Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
-        else:
-            if complaint := self._verifier.complaint(request, files):
-                verdict = Verdict(code=ErrCode.UPLOAD_FAIL, note=complaint)
-            else:
-                run = Run(
-                    request=request,
-                    owner=owner,
-                    files=files,
-                    capture=capture,
-                    template=template,
-                    build=build,
-                    limit=self._output_limit,
-                )
-                verdict, found = self._watched(run, canceled)
-                ref = run.ref
-        wall = time.monotonic() - started
-        self._observe("total", wall)
-        metrics = Metrics(wall_ms=round(wall * 1000))
-        return result.response(verdict, found, capture=capture, metrics=metrics, ref=ref, owner=owner), found
+        load()
+        return self._runs.conduct(
+            request, owner=owner, files=files, emit=emit, canceled=canceled, check=self.check, attempt=self._attempt
+        )
 
     def kill(self, owner: Owner) -> int:
         """See ports. Raises Unavailable when E2B does not tell: then nobody knows."""
-        with self._lock:
-            if run := self._runs.get((owner.store_id, owner.fence)):
-                run.killed = True  # should its box be in the making, it ends when it is made
+        run = self._runs.killing(owner)
         known = run.ref.removeprefix("e2b:") if run else ""  # lists may lag behind
         return _told(lambda: self._loop.run(self._api.kill_marked(owner, known=known)))
 
@@ -149,27 +127,7 @@ class E2BProvider:
         owners = (e2b_api.owner_of(box.metadata) for box in boxes)
         return [owner for owner in owners if owner is not None]
 
-    def _watched(self, run: Run, canceled: Callable[[], bool]) -> Attempted:
-        """In the caller's thread: passes output on and asks whether to stop, until the job is over."""
-        load()
-        key = (run.owner.store_id, run.owner.fence)
-        with self._lock:
-            self._runs[key] = run
-        job = self._loop.start(self._attempt(run))
-        try:
-            run.follow(job, canceled)
-            return job.result()
-        except JobCanceled:
-            return Verdict(code=ErrCode.CANCELED, note="ended: canceled"), []
-        finally:
-            if not job.done():  # the caller's own callbacks failed
-                job.cancel()
-                with contextlib.suppress(Exception):
-                    job.result()
-            with self._lock:
-                del self._runs[key]
-
-    async def _attempt(self, run: Run) -> Attempted:
+    async def _attempt(self, run: Run[Build]) -> Attempted:
         """One box from making to killing."""
         made = await self._made(run)
         if isinstance(made, Verdict):
@@ -180,12 +138,10 @@ class E2BProvider:
         finally:
             # In a task of its own: a cancel that comes now must not leave the box alive.
             await asyncio.wait({self._loop.spawn(self._end(made.sandbox_id))})
-        if run.killed and verdict.code.retryable:
-            return Verdict(code=ErrCode.LOST, note="killed by its fence"), []
         return verdict, found
 
-    async def _made(self, run: Run) -> AsyncSandbox | Verdict:
-        with self._timed("create"):
+    async def _made(self, run: Run[Build]) -> AsyncSandbox | Verdict:
+        with self._runs.timed("create"):
             try:
                 return await self._create(run)
             except asyncio.CancelledError:
@@ -196,21 +152,21 @@ class E2BProvider:
                     await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
                 return e2b_errors.of_create(e)
 
-    async def _create(self, run: Run) -> AsyncSandbox:
+    async def _create(self, run: Run[Build]) -> AsyncSandbox:
         """429 and 503 are load, not failure: waited out for a while."""
         seconds = math.ceil(run.request.timeout_ms / 1000) + MARGIN
         deadline, pause = time.monotonic() + self._bounds.busy, 0.5
         while True:
             try:
                 egress = e2b_api.network(run.request.egress)
-                return await self._api.create(run.template, owner=run.owner, seconds=seconds, egress=egress)
+                return await self._api.create(run.made_of.template, owner=run.owner, seconds=seconds, egress=egress)
             except Exception as e:
                 if not e2b_errors.busy(e) or time.monotonic() + pause > deadline or run.killed:
                     raise
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(2 * pause, 8.0)
 
-    async def _inside(self, box: AsyncSandbox, run: Run) -> Attempted:
+    async def _inside(self, box: AsyncSandbox, run: Run[Build]) -> Attempted:
         task = BoxTask(
             box=box,
             request=run.request,
@@ -220,44 +176,44 @@ class E2BProvider:
             note=run.note,
             log_start=lambda: log_start(self._start_log, run.owner),
         )
-        with self._timed("upload"):
+        with self._runs.timed("upload"):
             known = await self._known(box, run)
             verdict = known if isinstance(known, Verdict) else await task.prepare() or await task.upload(run.files)
         if verdict is None and run.killed:
             verdict = Verdict(code=ErrCode.LOST, note="killed by its fence")
         if verdict is not None:
             return verdict, []
-        with self._timed("command"):
+        with self._runs.timed("command"):
             verdict = await task.command(memory=known is True)
         if verdict.code not in COLLECTED or run.killed:
             return verdict, []
-        with self._timed("collect"):
+        with self._runs.timed("collect"):
             found, trouble = await task.collect()
         return settle(verdict, trouble, run.note), found
 
-    async def _known(self, box: AsyncSandbox, run: Run) -> bool | Verdict:
+    async def _known(self, box: AsyncSandbox, run: Run[Build]) -> bool | Verdict:
         """Whether the box has more memory than the task may take. A Verdict when it is not what was approved.
 
         The build is asked for after the box was made: builds are only ever replaced by later ones, so that the approved one
         being current now means that it was when the box was made.
         """
         try:
-            build, info = await asyncio.gather(self._api.build(run.template), self._api.info(box))
+            build, info = await asyncio.gather(self._api.build(run.made_of.template), self._api.info(box))
         except InvalidIntent as e:
             return Verdict(code=ErrCode.BOOT_FAIL, note=str(e))
         except Exception as e:  # noqa: BLE001 - translated, whatever it is
             return e2b_errors.of_phase(e, otherwise=ErrCode.BOOT_FAIL)
         limits, cpu_millis = run.request.limits, 1000 * info.cpu_count
-        if build != run.build or info.template_id != run.template:
+        if build != run.made_of.build or info.template_id != run.made_of.template:
             now = f"template {info.template_id}, build {build}"
             return Verdict(code=ErrCode.BOOT_FAIL, note=f"{run.request.env_ref} was approved; E2B now has {now}")
         if info.memory_mb < limits.memory_mb or cpu_millis < limits.cpu_millis:
             has = f"{info.cpu_count} CPUs and {info.memory_mb} MiB"
             asked = f"{limits.cpu_millis}m CPU and {limits.memory_mb} MiB were asked for"
-            return Verdict(code=ErrCode.BOOT_FAIL, note=f"template {run.template} has {has}; {asked}")
-        if cpu_millis > limits.cpu_millis and run.template not in self._told:
-            self._told.add(run.template)  # once: E2B has no CPU limit but the template's
-            log.info("e2b_cpu_limit", extra={"template": run.template, "cpus": info.cpu_count})
+            return Verdict(code=ErrCode.BOOT_FAIL, note=f"template {run.made_of.template} has {has}; {asked}")
+        if cpu_millis > limits.cpu_millis and run.made_of.template not in self._told:
+            self._told.add(run.made_of.template)  # once: E2B has no CPU limit but the template's
+            log.info("e2b_cpu_limit", extra={"template": run.made_of.template, "cpus": info.cpu_count})
         return info.memory_mb > limits.memory_mb
 
     async def _end(self, sandbox_id: str) -> None:
@@ -286,12 +242,6 @@ class E2BProvider:
         except Exception as e:  # noqa: BLE001 - told, and tried again
             log.warning("e2b_sweep_failed", extra={"task_key": owner.task_key, "error": e2b_errors.told(e)})
             return 0
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._observe(stage, time.monotonic() - started)
 
 
 def _told(ask: Callable[[], T]) -> T:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from controller.core.contract import Egress
 from controller.core.errors import InvalidIntent
 from controller.core.model import Owner
-from controller.sbx.e2b_calls import Bounds, within
+from controller.sbx.e2b_calls import Bounds
+from controller.sbx.loop import within
 
 if TYPE_CHECKING:
     from e2b import AsyncSandbox, SandboxInfo

@@ -1,7 +1,7 @@
-"""One task in one E2B box, in the phases of task.py: prepare, upload, command, collect. Runs on the loop of e2b.py.
+"""One task in one E2B box, in phases: prepare, upload, command, collect (remote.py has what is the same elsewhere). On the loop of e2b.py.
 
-The template needs bash, GNU tar and find, git, prlimit and sha256sum, and the user `user`. Everything of the task runs as that
-user, so that what it leaves running can be killed by `kill -1`, which spares root's processes: the SDK kills one process only.
+The template needs bash and the user `user`. Everything of the task runs as that user, so that what it leaves running can be
+killed by `kill -1`, which spares root's processes: the SDK kills one process only.
 """
 
 from __future__ import annotations
@@ -10,49 +10,38 @@ import asyncio
 import shlex
 import tarfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from controller.core.contract import ErrCode, SBXReq
-from controller.core.errors import InvalidIntent
 from controller.core.model import Artifact
-from controller.sbx import artifacts, e2b_errors
-from controller.sbx.e2b_calls import Bounds, give_up, within
+from controller.sbx import artifacts, e2b_errors, remote
+from controller.sbx.e2b_calls import Bounds
 from controller.sbx.jail import OUTPUT, WORKSPACE
 from controller.sbx.limits import rlimits
-from controller.sbx.task import APPLY, PACK, UNPACK, Verdict
+from controller.sbx.loop import give_up, within
+from controller.sbx.remote import FEED, LISTING, SAID, Said
+from controller.sbx.task import Verdict
 
 if TYPE_CHECKING:
     from e2b import AsyncSandbox
 
 USER = "user"
 SCRATCH = "/tmp/.sisu-kodo"
-SAID = 4096  # bytes of a tool's complaint
-LISTING = 4 << 20
-MAX_SCRIPT = 100_000  # bytes; one argument of a program may have 128 KiB
 MISSES = 3  # probes without an answer, one after the other
 PREPARE = f"mkdir -p {WORKSPACE} {OUTPUT} && chown {USER}: {WORKSPACE} {OUTPUT}"
-# The names end at the first that is cut: find has no limit of its own.
-LIST = (
-    rf"find {OUTPUT} -mindepth 1 \( -type f -printf 'f %s %P\0' -o ! -type d -printf 'x 0 %P\0' \) | head -c {LISTING}"
-)
 
 
-def script(request: SBXReq, *, memory: bool) -> str:
-    """The task's command under its limits; then everything that it left running dies. Raises InvalidIntent when it is too long."""
-    # A login shell sets PATH anew.
+def command_line(request: SBXReq, *, memory: bool) -> str:
+    """The task's command under its limits. A login shell sets PATH anew. Raises InvalidIntent when it is too long."""
     path = f"export PATH={shlex.quote(request.env['PATH'])}; " if "PATH" in request.env else ""
-    command = shlex.join([*rlimits(request.limits, memory=memory), "/bin/sh", "-c", request.cmd])
-    text = f"{path}{command}; code=$?; kill -KILL -1 2> /dev/null; exit $code"
-    if len(text.encode()) > MAX_SCRIPT:
-        raise InvalidIntent("spec.sandbox", f"the command has more than {MAX_SCRIPT} bytes when it is quoted")
-    return text
+    return path + remote.script(request, rlimits(request.limits, memory=memory))
 
 
 @dataclass(kw_only=True)
 class BoxTask:
-    """`say(kind, data)` gets the output and `note` lines of ours; neither may block."""
+    """Also the remote.Shell of its box. `say(kind, data)` gets the output and `note` lines of ours; neither may block."""
 
     box: AsyncSandbox
     request: SBXReq
@@ -64,32 +53,25 @@ class BoxTask:
 
     async def prepare(self) -> Verdict | None:
         """The two directories of the contract, which no template needs to have."""
-        return await self._tool(PREPARE, ErrCode.BOOT_FAIL, "the sandbox could not be prepared", user="root")
+        said = list[Said]()
+
+        async def run() -> None:
+            said.append(await self._run(PREPARE, user="root"))
+
+        verdict = await remote.guarded(self, run(), ErrCode.BOOT_FAIL)
+        if verdict is None and said[0].exit != 0:
+            return Verdict(code=ErrCode.BOOT_FAIL, note=f"the sandbox could not be prepared: {said[0].err}")
+        return verdict
 
     async def upload(self, files: Mapping[str, bytes]) -> Verdict | None:
-        """Archives first, then patches: brought in, compared with their hash inside, and taken in by their tool."""
-        for kind, tool in (("archive", UNPACK), ("patch", APPLY)):
-            for wanted in self.request.files_in:
-                content = files[wanted.sha256]
-                if wanted.kind != kind or (kind == "patch" and not content):
-                    continue
-                path = f"{SCRATCH}-{kind}"
-                take_in = (
-                    f"printf '%s  %s\\n' {wanted.sha256} {path} | sha256sum --check --status || "
-                    f"{{ echo 'the bytes that arrived do not match {wanted.sha256}' >&2; exit 1; }}; "
-                    f"cd {WORKSPACE} && {shlex.join(tool)} < {path} && rm -f {path}"
-                )
-                failed = await self._guard(self._write(path, content), ErrCode.UPLOAD_FAIL)
-                why = f"the {kind} could not be taken in"
-                if verdict := failed or await self._tool(take_in, ErrCode.UPLOAD_FAIL, why):
-                    return verdict
-        return None
+        """What the request brings."""
+        return await remote.upload(self, self.request, files)
 
     async def command(self, *, memory: bool) -> Verdict:
         """The task itself. Watched by probes, for a stream that has died looks like a command that prints nothing."""
         seconds = self.request.timeout_ms / 1000
         work = self.box.commands.run(
-            script(self.request, memory=memory),
+            command_line(self.request, memory=memory),
             envs={**self.request.env, "SISU_OUTPUT_DIR": OUTPUT},
             user=USER,
             cwd=self.request.workdir or WORKSPACE,
@@ -107,32 +89,27 @@ class BoxTask:
             give_up(running)
 
     async def collect(self) -> tuple[list[Artifact], Verdict | None]:
-        """What the command left in /output, also when it failed."""
-        found: list[Artifact] = []
+        """What the command left in /output."""
+        return await remote.collect(self, caps=self.caps, note=self.note)
 
-        async def fetch() -> None:
-            _, out, _ = await self._run(LIST)
-            remarks: list[str] = []
-            choice = artifacts.pick(_listed(out, remarks), remarks, caps=self.caps)
-            for remark in choice.remarks:
-                self.note(remark)
-            if choice.paths:
-                found.extend(await self._fetch(choice.paths))
+    async def run(self, text: str, *, feed: bytes | None = None) -> Said:
+        """See remote.Shell."""
+        if feed is not None:
+            await self._write(FEED, feed)
+        return await self._run(text)
 
-        verdict = await self._guard(fetch(), ErrCode.DOWNLOAD_FAIL)
-        return (found, None) if verdict is None else ([], verdict)
-
-    async def _fetch(self, paths: tuple[str, ...]) -> list[Artifact]:
+    async def pipe(self, text: str, *, feed: bytes, room: int) -> Said:
+        """See remote.Shell. By files, for the SDK's streams hold text."""
         names, packed = f"{SCRATCH}-names", f"{SCRATCH}-output"
-        await self._write(names, b"".join(path.encode() + b"\0" for path in paths))
-        code, _, complaint = await self._run(f"{shlex.join(PACK)} < {names} > {packed}")
-        if code != 0:
-            raise tarfile.TarError(complaint)
-        content = await within(self.bounds.transfer, self._read(packed), "download")
-        found = artifacts.unpack(content, paths, caps=self.caps)
-        for path in sorted(set(paths) - {artifact.name for artifact in found}):
-            self.note(f"output {path!a} left out: not readable")
-        return found
+        await self._write(names, feed)
+        said = await self._run(f"{text} < {names} > {packed}")
+        if said.exit != 0:
+            return said
+        return replace(said, out=await within(self.bounds.transfer, self._read(packed, room), "download"))
+
+    def blame(self, error: Exception, *, otherwise: ErrCode) -> Verdict:
+        """See remote.Shell."""
+        return e2b_errors.of_phase(error, otherwise=otherwise)
 
     async def _watch(self, running: asyncio.Task[Any], deadline: float) -> Verdict:
         misses = ended = 0
@@ -167,26 +144,8 @@ class BoxTask:
         await asyncio.wait({running}, timeout=self.bounds.grace)  # its last output
         return Verdict(code=ErrCode.TIMEOUT, note="ended: timeout")
 
-    async def _tool(self, text: str, code: ErrCode, why: str, *, user: str = USER) -> Verdict | None:
-        said: list[str] = []
-
-        async def run() -> None:
-            exit_code, _, complaint = await self._run(text, user=user)
-            if exit_code != 0:
-                said.append(f"{why}: {complaint}")
-
-        verdict = await self._guard(run(), code)
-        return Verdict(code=code, note=said[0]) if said else verdict
-
-    async def _guard(self, work: Coroutine[Any, Any, None], otherwise: ErrCode) -> Verdict | None:
-        try:
-            await work
-        except Exception as e:  # noqa: BLE001 - translated, whatever it is
-            return e2b_errors.of_phase(e, otherwise=otherwise)
-        return None
-
-    async def _run(self, text: str, *, user: str = USER) -> tuple[int, str, str]:
-        """One short command of ours: exit code, stdout, stderr, both cut."""
+    async def _run(self, text: str, *, user: str = USER) -> Said:
+        """One short command of ours."""
         from e2b import CommandExitException
 
         out, err = _Bounded(LISTING), _Bounded(SAID)
@@ -205,7 +164,7 @@ class BoxTask:
             await within(self.bounds.tool, work, "a command of ours")
         except CommandExitException as e:
             code = e.exit_code
-        return code, out.text(), err.text().strip()
+        return Said(exit=code, out=out.text().encode(errors="replace"), err=err.text().strip())
 
     async def _write(self, path: str, content: bytes) -> None:
         work = self.box.files.write(
@@ -213,8 +172,7 @@ class BoxTask:
         )
         await within(self.bounds.transfer, work, "upload")
 
-    async def _read(self, path: str) -> bytes:
-        room = 2 * self.caps.total_bytes + (1 << 20)  # headers and padding included
+    async def _read(self, path: str, room: int) -> bytes:
         content = bytearray()
         chunks = await self.box.files.read(path, format="stream", user=USER, request_timeout=self.bounds.transfer)
         async for chunk in chunks:
@@ -256,16 +214,3 @@ def _ended(running: asyncio.Task[Any]) -> Verdict:
     if not isinstance(error, Exception):
         raise error
     return e2b_errors.of_phase(error, otherwise=ErrCode.LOST)
-
-
-def _listed(listing: str, remarks: list[str]) -> Iterator[tuple[str, int]]:
-    """(path, size) of regular files in name order, from LIST's output."""
-    whole = [entry.split(" ", 2) for entry in listing.split("\0")[:-1]]
-    entries = [(path, kind, size) for kind, size, path in (entry for entry in whole if len(entry) == 3)]
-    for path, kind, size in sorted(entries)[: artifacts.MAX_ENTRIES]:
-        if kind == "f" and size.isdecimal():
-            yield path, int(size)
-        else:
-            remarks.append(f"output {path[: artifacts.MAX_PATH]!a} left out: not a regular file")
-    if len(entries) > artifacts.MAX_ENTRIES or len(listing) >= LISTING:
-        remarks.append(f"only the first {artifacts.MAX_ENTRIES} outputs were looked at")

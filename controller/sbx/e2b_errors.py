@@ -11,7 +11,7 @@ from functools import cache
 
 from controller.core.contract import ErrCode
 from controller.core.errors import InvalidIntent, Permanent, SisuError, Unavailable
-from controller.sbx.e2b_calls import Silent
+from controller.sbx.loop import Silent
 from controller.sbx.task import Verdict
 
 TEXT = 500  # characters of a foreign message that a note repeats

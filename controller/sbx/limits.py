@@ -26,10 +26,14 @@ INODES_PER_MB = 256  # an empty file costs the host about 4 KiB too
 MIB = 1 << 20
 
 
-def rlimits(limits: Limits, *, memory: bool) -> list[str]:
-    """The prlimit command line that runs inside the jail; `memory` where no cgroup holds it."""
+def rlimits(limits: Limits, *, memory: bool, processes: bool = True) -> list[str]:
+    """The prlimit command line that runs inside the jail; `memory` where no cgroup holds it.
+
+    Without `processes` where the uid is one of the host's: it would count what other sandboxes run under it.
+    """
     argv = ["/usr/bin/prlimit", "--core=0", f"--nofile={OPEN_FILES}", f"--fsize={limits.disk_mb * MIB}"]
-    argv += [f"--nproc={limits.pids + OWN_PROCESSES}"]
+    if processes:
+        argv += [f"--nproc={limits.pids + OWN_PROCESSES}"]
     if memory:
         argv += [f"--data={limits.memory_mb * MIB}"]
     return [*argv, "--"]

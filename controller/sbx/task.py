@@ -72,7 +72,7 @@ class Task:
                 if wanted.kind != kind or (kind == "patch" and not files[wanted.sha256]):
                     continue
                 said = bytearray()
-                sink = Sink(feed=lambda _, data, said=said: _keep(said, data, 4096))  # type: ignore[misc]
+                sink = Sink(feed=lambda _, data, said=said: keep(said, data, 4096))  # type: ignore[misc]
                 watch = self._watch(UPLOAD_SECONDS)
                 result = self.cell.run(command, view=self.view, sink=sink, watch=watch, stdin=files[wanted.sha256])
                 verdict = self._judge(result)
@@ -98,7 +98,7 @@ class Task:
             return [], None
         room = 2 * self.caps.total_bytes + (1 << 20)  # headers and padding included
         archive, said = bytearray(), bytearray()
-        sink = Sink(feed=lambda kind, data: _keep(*((archive, data, room) if kind == "stdout" else (said, data, 4096))))
+        sink = Sink(feed=lambda kind, data: keep(*((archive, data, room) if kind == "stdout" else (said, data, 4096))))
         names = b"".join(path.encode() + b"\0" for path in choice.paths)
         result = self.cell.run(PACK, view=self.view, sink=sink, watch=self._watch(COLLECT_SECONDS), stdin=names)
         verdict = self._judge(result)
@@ -170,5 +170,6 @@ def settle(verdict: Verdict, trouble: Verdict | None, note: Callable[[str], None
     return trouble or verdict
 
 
-def _keep(buffer: bytearray, data: bytes, room: int) -> None:
+def keep(buffer: bytearray, data: bytes, room: int) -> None:
+    """Appends what still fits."""
     buffer += data[: max(0, room - len(buffer))]

@@ -10,7 +10,7 @@ import pytest
 from controller.core.contract import Egress, ErrCode, Limits
 from controller.core.errors import InvalidIntent, Permanent, Unavailable
 from controller.sbx import templates
-from controller.sbx.e2b_box import script
+from controller.sbx.e2b_box import command_line
 from devcluster.e2b.api import Server
 from tests.integration.test_e2b_failures import MANY, both, plan, request, root
 from tests.integration.test_sandbox_contract import STORE, Kit, eventually, upload
@@ -148,7 +148,7 @@ def test_the_shell_around_the_command_can_be_killed(both: tuple[Kit, Server]) ->
 def test_what_the_command_left_running_dies_with_it() -> None:
     """In a PID namespace of its own, for the script kills every process that its user has."""
     inside = 'bash -c "$0"; echo "code $?"; sleep 0.2; grep -l "^Name:.sleep" /proc/[0-9]*/status | wc -l'
-    text = script(request("setsid sleep 30 & sleep 30 & exit 3"), memory=False)
+    text = command_line(request("setsid sleep 30 & sleep 30 & exit 3"), memory=False)
     argv = ["bwrap", "--unshare-user", "--unshare-pid", "--as-pid-1", "--dev-bind", "/", "/", "--proc", "/proc"]
     done = subprocess.run(
         [*argv, "/bin/sh", "-c", inside, text], capture_output=True, text=True, check=True, timeout=20

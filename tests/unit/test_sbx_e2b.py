@@ -24,8 +24,9 @@ from controller.core.model import Owner
 from controller.sbx import e2b_errors
 from controller.sbx.e2b import E2BProvider
 from controller.sbx.e2b_api import Account, mark, owner_of
-from controller.sbx.e2b_box import MAX_SCRIPT, script
-from controller.sbx.e2b_calls import JobCanceled, Loop, Silent, within
+from controller.sbx.e2b_box import command_line
+from controller.sbx.loop import JobCanceled, Loop, Silent, within
+from controller.sbx.remote import MAX_SCRIPT
 
 ENVIRON = {
     "DATABASE_URL": "postgresql://u@h/d",
@@ -126,7 +127,7 @@ def test_the_mark_survives_the_way() -> None:
 @pytest.mark.parametrize("cmd", ["exit 7", "echo 'a b' \"$X\" `echo c`; exit 3", "kill -TERM $$"])
 def test_the_script_ends_as_its_command(cmd: str) -> None:
     # Without what kills every other process of this user.
-    text = script(request(cmd=cmd), memory=False).replace("kill -KILL -1 2> /dev/null; ", "")
+    text = command_line(request(cmd=cmd), memory=False).replace("kill -KILL -1 2> /dev/null; ", "")
     assert "kill -KILL" not in text
     env = {"PATH": "/usr/bin:/bin", "X": "d"}
     wrapped = subprocess.run(["/bin/bash", "-c", text], env=env, capture_output=True, check=False)
@@ -137,7 +138,7 @@ def test_the_script_ends_as_its_command(cmd: str) -> None:
 
 
 def test_a_path_of_the_request_survives_the_login_shell() -> None:
-    text = script(request(cmd="echo $PATH", env={"PATH": "/opt/x:/usr/bin"}), memory=False)
+    text = command_line(request(cmd="echo $PATH", env={"PATH": "/opt/x:/usr/bin"}), memory=False)
     text = text.replace("kill -KILL -1 2> /dev/null; ", "")
     env = {"PATH": "/opt/x:/usr/bin", "HOME": "/nonexistent"}
     done = subprocess.run(["/bin/bash", "-l", "-c", text], env=env, capture_output=True, check=True)
