@@ -15,6 +15,7 @@ from pathlib import Path
 
 from controller.core.contract import FileOut
 from controller.core.model import Artifact
+from controller.sbx import changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,9 @@ def unpack(archive: bytes, wanted: Sequence[str], *, caps: Caps) -> list[Artifac
 
 
 def artifact(name: str, content: bytes) -> Artifact:
-    """`junit` for a file called junit.xml in any folder, else `file`."""
-    return Artifact(name=name, kind="junit" if name.rpartition("/")[2] == "junit.xml" else "file", content=content)
+    """`junit` for a file called junit.xml in any folder, `diff` for what the task changed, else `file`."""
+    kind = "junit" if name.rpartition("/")[2] == "junit.xml" else "diff" if name == changes.NAME else "file"
+    return Artifact(name=name, kind=kind, content=content)
 
 
 def index(artifacts: Sequence[Artifact]) -> tuple[FileOut, ...]:

@@ -90,7 +90,7 @@ class BoxTask:
 
     async def collect(self) -> tuple[list[Artifact], Verdict | None]:
         """What the command left in /output."""
-        return await remote.collect(self, caps=self.caps, note=self.note)
+        return await remote.collect(self, self.request, caps=self.caps, note=self.note)
 
     async def run(self, text: str, *, feed: bytes | None = None) -> Said:
         """See remote.Shell."""

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from controller.core.contract import ErrCode, SBXReq
 from controller.core.errors import InvalidIntent
 from controller.core.model import Artifact
-from controller.sbx import artifacts
+from controller.sbx import artifacts, changes
 from controller.sbx.jail import OUTPUT, WORKSPACE
-from controller.sbx.task import APPLY, PACK, UNPACK, Verdict
+from controller.sbx.task import PACK, TOOLS, Verdict
 
 FEED = "/tmp/.sisu-kodo-feed"
 SAID = 4096  # bytes of a tool's complaint
@@ -65,19 +65,19 @@ def script(request: SBXReq, limited: Sequence[str]) -> str:
 
 async def upload(shell: Shell, request: SBXReq, files: Mapping[str, bytes]) -> Verdict | None:
     """Archives first, then patches: brought in, compared with their hash inside, and taken in by their tool."""
-    for kind, tool in (("archive", UNPACK), ("patch", APPLY)):
-        for wanted in request.files_in:
-            content = files[wanted.sha256]
-            if wanted.kind != kind or (kind == "patch" and not content):
-                continue
-            take_in = (
-                f"printf '%s  %s\\n' {wanted.sha256} {FEED} | sha256sum --check --status || "
-                f"{{ echo 'the bytes that arrived do not match {wanted.sha256}' >&2; exit 1; }}; "
-                f"cd {WORKSPACE} && {shlex.join(tool)} < {FEED} && rm -f {FEED}"
-            )
-            why = f"the {kind} could not be taken in"
-            if verdict := await tried(shell, take_in, ErrCode.UPLOAD_FAIL, why, feed=content):
-                return verdict
+    wanted = [(one, tool) for kind, tool in TOOLS for one in request.files_in if one.kind == kind]
+    parts = [(one, tool) for one, tool in wanted if one.kind == "archive" or files[one.sha256]]
+    for n, (part, tool) in enumerate(parts):
+        take_in = (
+            f"printf '%s  %s\\n' {part.sha256} {FEED} | sha256sum --check --status || "
+            f"{{ echo 'the bytes that arrived do not match {part.sha256}' >&2; exit 1; }}; "
+            f"cd {WORKSPACE} && {shlex.join(tool)} < {FEED} && rm -f {FEED}"
+        )
+        if n == len(parts) - 1:
+            take_in += f" && {changes.REMEMBER}"
+        why = f"the {part.kind} could not be taken in"
+        if verdict := await tried(shell, take_in, ErrCode.UPLOAD_FAIL, why, feed=files[part.sha256]):
+            return verdict
     return None
 
 
@@ -104,13 +104,15 @@ async def guarded(shell: Shell, work: Coroutine[Any, Any, None], otherwise: ErrC
 
 
 async def collect(
-    shell: Shell, *, caps: artifacts.Caps, note: Callable[[str], None]
+    shell: Shell, request: SBXReq, *, caps: artifacts.Caps, note: Callable[[str], None]
 ) -> tuple[list[Artifact], Verdict | None]:
-    """What the command left in /output, also when it failed."""
+    """What the command left in /output, also when it failed, and what it changed in its workspace."""
     found: list[Artifact] = []
 
     async def fetch() -> None:
-        said = await shell.run(LIST)
+        said = await shell.run(f"{changes.RECORD}; {LIST}" if request.files_in else LIST)
+        if changes.FAILED in said.err:
+            note(changes.FAILED)
         remarks: list[str] = []
         choice = artifacts.pick(listed(said.out.decode(errors="replace"), remarks), remarks, caps=caps)
         for remark in choice.remarks:

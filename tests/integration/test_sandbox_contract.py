@@ -251,6 +251,49 @@ def test_the_environment_is_passed(kit: Kit) -> None:
     assert kit.run('echo "$GREETING"', env={"GREETING": value}).res.stdout == f"{value}\n"
 
 
+def changed(kit: Kit, cmd: str, files: Mapping[str, bytes]) -> Outcome:
+    """One run in a workspace of these files."""
+    parts = upload(("archive", archive(files)))
+    return kit.run(cmd, files_in=parts["files_in"], files=parts["files"])
+
+
+@pytest.mark.parametrize("exit_", [0, 3])
+def test_what_a_task_changed_comes_back_as_a_diff(kit: Kit, exit_: int) -> None:
+    if not kit.real:
+        pytest.skip("the mock has no workspace")
+    before = {"keep": b"1\n", "edit": b"old\n", "drop": b"gone\n", "bin": bytes(range(256)), ".gitignore": b"*.pyc\n"}
+    made = "echo new > edit; rm drop; mkdir -p sub/__pycache__; echo a > sub/added; head -c 300 /dev/zero > bin; chmod +x keep"
+    made += "; echo x > junk.pyc; echo y > sub/__pycache__/z"
+    out = changed(kit, f"{made}; exit {exit_}", before)
+    assert out.res.exit == exit_, out.res.stderr
+    (diff,) = out.artifacts
+    assert (diff.name, diff.kind) == ("changes.diff", "diff")
+    with tempfile.TemporaryDirectory() as own:
+        place = Path(own)
+        for name, content in before.items():
+            (place / name).write_bytes(content)
+        subprocess.run(["git", "apply"], cwd=place, input=diff.content, check=True)
+        after = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+        assert os.access(place / "keep", os.X_OK)
+    kept = {name: before[name] for name in ("keep", ".gitignore")}
+    assert after == {**kept, "edit": b"new\n", "sub/added": b"a\n", "bin": bytes(300)}
+
+
+def test_a_task_that_changes_nothing_leaves_no_diff_and_cannot_plant_one(kit: Kit) -> None:
+    if not kit.real:
+        pytest.skip("the mock has no workspace")
+    assert changed(kit, "cat a; ln -s /etc/passwd /output/changes.diff", {"a": b"a\n"}).artifacts == []
+
+
+def test_a_diff_that_cannot_be_made_is_said_so_and_fails_nothing(kit: Kit) -> None:
+    if not kit.real:
+        pytest.skip("the mock has no workspace")
+    out = changed(kit, "mkdir sub && cd sub && git init -q && echo made > /output/result", {"a": b"a\n"})
+    assert [a.name for a in out.artifacts] == ["result"]
+    assert "what the task changed in its workspace could not be found out" in out.res.stderr
+    assert out.res.err_code is ErrCode.NONE
+
+
 def test_limits_are_accepted(kit: Kit) -> None:
     limits = Limits(cpu_millis=500, memory_mb=128, pids=64, disk_mb=64)
     assert kit.run("echo fine", limits=limits).res.err_code is ErrCode.NONE

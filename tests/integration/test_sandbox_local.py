@@ -366,7 +366,8 @@ def test_no_descriptor_is_leaked_and_threads_may_end(kit: Kit) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # Other providers of this test process may close theirs meanwhile.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 # --------------------------------------------------------------------------- controllers that die
