@@ -282,7 +282,12 @@ def test_what_a_task_changed_comes_back_as_a_diff(kit: Kit, exit_: int) -> None:
 def test_a_task_that_changes_nothing_leaves_no_diff_and_cannot_plant_one(kit: Kit) -> None:
     if not kit.real:
         pytest.skip("the mock has no workspace")
-    assert changed(kit, "cat a; ln -s /etc/passwd /output/changes.diff", {"a": b"a\n"}).artifacts == []
+    for planted in (
+        "echo fake > /output/changes.diff",
+        "ln -s /etc/passwd /output/changes.diff",
+        "mkdir /output/changes.diff",
+    ):
+        assert changed(kit, f"cat a; {planted}", {"a": b"a\n"}).artifacts == []
 
 
 def test_a_diff_that_cannot_be_made_is_said_so_and_fails_nothing(kit: Kit) -> None:
