@@ -45,7 +45,7 @@ SELECT r.*, i.requested_by, i.namespace, i.name AS intent_name,
            count(*) FILTER (WHERE s.status = 'queued') AS queued, count(*) FILTER (WHERE s.status = 'running') AS running,
            count(*) FILTER (WHERE s.status = 'succeeded') AS succeeded, count(*) FILTER (WHERE s.status = 'failed') AS failed,
            count(*) FILTER (WHERE s.err_code = 'LOST') AS unknown,
-           coalesce(sum((s.metrics->>'wallMs')::bigint), 0) AS sandbox_ms,
+           coalesce(sum(s.spent_ms), 0)::bigint AS sandbox_ms,
            (SELECT jsonb_agg(jsonb_build_object('task', f.task_id, 'errCode', f.err_code,
                      'message', right(coalesce(nullif(f.response->>'stderr', ''), f.response->>'stdout', ''), 256)) ORDER BY f.idx)
               FROM (SELECT * FROM app.sbx_runs f WHERE f.run_id = r.id AND f.generation = r.plan_no AND f.status = 'failed'

@@ -176,6 +176,7 @@ def test_what_a_lost_attempt_took_is_spent(pg: InPostgres) -> None:  # noqa: F81
     )
     second = at.begin(workflow)
     assert 20_000 <= reserved(at)[0] < 30_000
+    assert 20_000 <= now(pg, at.run.intent_id).tasks.sandbox_ms < 30_000, "status.usage says what the budget says"
     end(at, second, workflow, ms=5)
     assert codes(at) == ["NONE", "BUDGET"]
 
