@@ -18,9 +18,10 @@ from tests.e2e.test_crash_points import assert_explained
 DRAFT, BOX = r"/boxes/\.new-\w+", r"/boxes/\w+"
 CGROUP = r"^/sys/fs/cgroup/.*sisu-kodo/\w+"
 # point → audit event, path, which of them; how many commands have been started by then
-# Jails of one task, in order: unpack the archive, apply the patch, the command. Each opens the gate first and is recorded after its start.
+# Jails of one task, in order: unpack the archive, apply the patch, keep what is there, the command, write what changed.
+# Each opens the gate first and is recorded after its start.
 POINTS = {
-    "the command runs": ("open", f"{BOX}/jail.json$", 2, 1),  # without a patch to apply
+    "the command runs": ("open", f"{BOX}/jail.json$", 3, 1),  # without a patch to apply
     "a box has no mark": ("open", f"{DRAFT}/owner.json$", 1, 0),
     "a box has no lock": ("open", f"{DRAFT}/alive$", 1, 0),
     "a box has no name": ("os.rename", DRAFT, 1, 0),
@@ -29,8 +30,10 @@ POINTS = {
     "before the upload": ("open", f"{BOX}/gate$", 1, 0),
     "the archive is being unpacked": ("open", f"{BOX}/jail.json$", 1, 0),
     "the patch is being applied": ("open", f"{BOX}/jail.json$", 2, 0),
-    "between upload and command": ("open", f"{BOX}/gate$", 3, 0),
+    "what is there is being kept": ("open", f"{BOX}/jail.json$", 3, 0),
+    "between upload and command": ("open", f"{BOX}/gate$", 4, 0),
     "the command is about to start": ("open", r"\.starts$", 1, 0),
+    "what changed is being written": ("open", f"{BOX}/jail.json$", 5, 1),
     "the command has ended": ("os.scandir", f"{BOX}/rw/output$", 1, 1),
     "its cgroup is being removed": ("os.rmdir", CGROUP, 1, 1),
     "half its cgroups are removed": ("os.rmdir", CGROUP, 2, 1),

@@ -65,7 +65,8 @@ def test_deleted_while_waiting(product: Product) -> None:
 
 
 def test_deleted_while_running_and_the_controller_is_killed(product: Product) -> None:
-    first = product.start(SBX_MODE="live")
+    # Its lease outlives a slow start of the next one, so that no worker begins the task again before the deletion is seen.
+    first = product.start(SBX_MODE="live", LEASE_TTL_SECONDS="10")
     product.apply("d", "wait very long")
     product.wait_phase("d", "WaitingInput")
     product.vote("d")
