@@ -1,0 +1,143 @@
+"""The workers of a soak: processes of role worker that are killed or stopped for longer than their lease, and replaced later."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+from devcluster.errors import DevclusterError
+from devcluster.processes import tail
+from devcluster.soak.rows import Interruption
+from devcluster.stack import Controller, Stack
+from devcluster.trial.api import now
+from devcluster.trial.numbers import counters
+from devcluster.trial.progress import say
+
+SANDBOXES = "sisukodo_sandboxes"
+READY_SECONDS = 60.0
+ASK_SECONDS = 0.5
+
+
+class Crew:
+    """All calls from the main thread, which processes end with. `busy` counts the attempts that run now, by worker."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        settings: Mapping[str, str],
+        *,
+        ttl: float,
+        chance: random.Random,
+        busy: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._stack, self._ttl, self._chance, self._busy = stack, ttl, chance, busy
+        self._settings = {**settings, "LEASE_TTL_SECONDS": f"{ttl:g}"}
+        self._count = 0
+        self._asked = 0.0
+        self._members: dict[str, Controller] = {}
+        self._ready: set[str] = set()
+        self._frozen: dict[str, float] = {}
+        self._zombies: set[str] = set()
+        self._replace_at: list[float] = []
+        self.interruptions: list[Interruption] = []
+        self.codes: dict[str, int | None] = {}
+        self.all: list[Controller] = []
+
+    def open(self, count: int) -> None:
+        """Start so many, and wait until all are ready."""
+        for _ in range(count):
+            self._hire()
+        deadline = time.monotonic() + READY_SECONDS
+        while len(self._ready) < count:
+            self.tick()
+            if time.monotonic() > deadline or self.codes:
+                log = self.all[0].log
+                raise DevclusterError(f"workers are not ready after {READY_SECONDS:.0f} s; {log}:\n{tail(log)}")
+            time.sleep(0.1)
+
+    def kill(self) -> bool:
+        """SIGKILL for the busiest. False: nobody runs anything at the moment."""
+        name = self._victim()
+        if name is None:
+            return False
+        self._members[name].kill()
+        self._gone(name, "killed")
+        return True
+
+    def freeze(self) -> bool:
+        """SIGSTOP for the busiest, for longer than its lease; then it may go on, and must find out that it may not."""
+        name = self._victim()
+        if name is None:
+            return False
+        self._members[name].child.signal(signal.SIGSTOP)
+        self._ready.discard(name)
+        self._frozen[name] = time.monotonic() + self._ttl + self._chance.uniform(2, 4)
+        self.interruptions.append(Interruption(worker=name, what="stopped", at=now()))
+        say(f"  {name} is stopped for longer than its lease")
+        return True
+
+    def tick(self) -> None:
+        """What is due now: replacements, the end of a stop; and who has ended by itself."""
+        for name, until in list(self._frozen.items()):
+            if time.monotonic() >= until:
+                del self._frozen[name]
+                self._zombies.add(name)
+                self._members[name].child.signal(signal.SIGCONT)
+                say(f"  {name} goes on")
+        for name, one in list(self._members.items()):
+            if not one.child.alive():
+                self._gone(name, "ended")
+        for at in [at for at in self._replace_at if time.monotonic() >= at]:
+            self._replace_at.remove(at)
+            self._hire()
+        if time.monotonic() - self._asked >= ASK_SECONDS:
+            self._asked = time.monotonic()
+            self._ready |= {n for n, one in self._members.items() if n not in self._idle_asks() and one.ready()}
+
+    def settled(self) -> bool:
+        """Everybody is there, and nobody is stopped or a zombie."""
+        waiting = self._replace_at or self._frozen or self._zombies
+        return not waiting and self._members.keys() == self._ready
+
+    def sandboxes(self) -> list[str]:
+        """By whose count there are sandboxes: what provider.owned(store) told each reaper when it looked last."""
+        found = []
+        for name, one in self._members.items():
+            counts = [n for labels, n in counters(one.get("/metrics")[1], SANDBOXES) if labels["state"] == "live"]
+            if counts != [0]:
+                found.append(f"{name} counts {counts or 'not yet'} sandboxes")
+        return found
+
+    def close(self) -> None:
+        """End them all; a stopped one must go on first, or it would not hear."""
+        for name, one in self._members.items():
+            if name in self._frozen:
+                one.child.signal(signal.SIGCONT)
+            one.stop()
+        self._members.clear()
+
+    def _hire(self) -> None:
+        self._count += 1
+        name = f"worker-{self._count}"
+        self._members[name] = self._stack.begin(name=name, role="worker", **self._settings)
+        self.all.append(self._members[name])
+
+    def _victim(self) -> str | None:
+        busy = self._busy()
+        ready = [name for name in self._ready if busy.get(name)]
+        return max(ready, key=lambda name: (busy[name], name), default=None)
+
+    def _idle_asks(self) -> set[str]:
+        """Whom to ask is no use: known as ready, or stopped."""
+        return self._ready | self._frozen.keys()
+
+    def _gone(self, name: str, what: str) -> None:
+        one = self._members.pop(name)
+        self._ready.discard(name)
+        self._zombies.discard(name)
+        self.codes[name] = one.child.popen.returncode if one.child.popen else None
+        self.interruptions.append(Interruption(worker=name, what=what, at=now()))
+        self._replace_at.append(time.monotonic() + self._chance.uniform(0.5, 3))
+        say(f"  {name} {'is killed' if what == 'killed' else f'ended with {self.codes[name]}'}")
