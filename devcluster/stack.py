@@ -61,10 +61,12 @@ class Controller:
         if not self.admin and self.port_file is not None and self.port_file.exists():
             port = self.port_file.read_text().strip()
             self.admin = f"http://127.0.0.1:{port}" if port else ""
-        return bool(self.admin) and self.get("/readyz")[0] == 200
+        return self.get("/readyz")[0] == 200
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of one admin request; status 0 when nothing answers."""
+        if not self.admin:
+            return 0, "it has not told its port"
         try:
             with urllib.request.urlopen(self.admin + path, timeout=3) as answer:
                 return answer.status, answer.read().decode()
@@ -257,7 +259,7 @@ class Stack:
         deadline = time.monotonic() + 30
         while not started.ready():
             if not started.child.alive() or time.monotonic() > deadline:
-                said = started.get("/readyz") if started.admin else "it has not told its port"
+                said = started.get("/readyz")
                 raise DevclusterError(
                     f"{name} is not ready: {said}; the end of {started.log}:\n{tail(started.log, 30)}"
                 )

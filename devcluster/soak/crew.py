@@ -58,7 +58,7 @@ class Crew:
             time.sleep(0.1)
 
     def kill(self) -> bool:
-        """SIGKILL for the busiest. False: nobody runs anything at the moment."""
+        """SIGKILL for somebody who runs tasks. False: nobody does at the moment."""
         name = self._victim()
         if name is None:
             return False
@@ -67,7 +67,7 @@ class Crew:
         return True
 
     def freeze(self) -> bool:
-        """SIGSTOP for the busiest, for longer than its lease; then it may go on, and must find out that it may not."""
+        """SIGSTOP for somebody who runs tasks, for longer than its lease; then it may go on, and must find out that it may not."""
         name = self._victim()
         if name is None:
             return False
@@ -104,8 +104,9 @@ class Crew:
     def sandboxes(self) -> list[str]:
         """By whose count there are sandboxes: what provider.owned(store) told each reaper when it looked last."""
         found = []
-        for name, one in self._members.items():
-            counts = [n for labels, n in counters(one.get("/metrics")[1], SANDBOXES) if labels["state"] == "live"]
+        for name in sorted(self._ready):
+            text = self._members[name].get("/metrics")[1]
+            counts = [n for labels, n in counters(text, SANDBOXES) if labels["state"] == "live"]
             if counts != [0]:
                 found.append(f"{name} counts {counts or 'not yet'} sandboxes")
         return found
@@ -126,8 +127,8 @@ class Crew:
 
     def _victim(self) -> str | None:
         busy = self._busy()
-        ready = [name for name in self._ready if busy.get(name)]
-        return max(ready, key=lambda name: (busy[name], name), default=None)
+        ready = sorted(name for name in self._ready if busy.get(name))
+        return self._chance.choice(ready) if ready else None
 
     def _idle_asks(self) -> set[str]:
         """Whom to ask is no use: known as ready, or stopped."""

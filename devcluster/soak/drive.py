@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from devcluster.soak import judge
 from devcluster.soak.crew import Crew
 from devcluster.soak.evidence import Store
 from devcluster.soak.places import Place
@@ -67,7 +68,7 @@ class Course:
 
 @dataclass(kw_only=True)
 class Drive:
-    """`unsettled` is what was not over after everything should have been."""
+    """`unsettled` is what was not over after everything should have been, `doubled` sandboxes that lived beside a newer one's start."""
 
     stack: Stack
     store: Store
@@ -76,6 +77,8 @@ class Drive:
     seconds: float
     happened: list[str] = field(default_factory=list)
     unsettled: list[str] = field(default_factory=list)
+    looks: int = 0
+    doubled: set[str] = field(default_factory=set)
 
     async def run(self, jobs: Sequence[Job], dues: Sequence[Due]) -> list[Course]:
         """To the end, or to the limit. Raises DevclusterError when an Intent is not even planned."""
@@ -135,7 +138,8 @@ class Drive:
         if sight is None:
             return
         if not one.phase and sight.phase == "Canceled":
-            one.at_cancel = self.place.of_run(self.store.run_id(one.uid))
+            run_id = self.store.run_id(one.uid)
+            one.at_cancel = [str(owner) for owner in self.place.alive() if owner.run_id == run_id]
         one.phase, one.shown = sight.phase, sight.status.get("tasks", {})
 
     async def _settle(self) -> None:
@@ -155,3 +159,7 @@ class Drive:
     def _tick(self) -> None:
         self.crew.tick()
         self.place.look()
+        starts = self.store.starts()  # before the look: a box that lives now lived when they were written, too
+        alive = self.place.alive()
+        self.looks += len(alive)
+        self.doubled |= {str(owner) for owner in judge.doubled(starts, alive)}

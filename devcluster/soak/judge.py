@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from controller.core.model import Owner
 from devcluster.soak.plan import Planned
 from devcluster.soak.rows import Attempt, Causes, Check, Evidence, Failure, Interruption, Start, Stream, Task, Window
 
@@ -247,6 +248,18 @@ def ended(codes: Mapping[str, int | None], interruptions: Sequence[Interruption]
     for worker, code in codes.items():
         if cut.get(worker) != "killed" and code != 75:
             yield f"{worker} ({cut.get(worker, 'not interrupted')}) ended with {code} instead of 75"
+
+
+def doubled(starts: Sequence[Start], alive: Sequence[Owner]) -> Iterator[Owner]:
+    """Sandboxes whose command was started, that live although a newer command of their task was started.
+
+    A box in which nothing was started may be there: one that was made after its worker had died, and waits for the reaper.
+    """
+    newest: dict[str, int] = {}
+    for one in starts:
+        newest[one.task_key] = max(one.fence, newest.get(one.task_key, 0))
+    fences = {one.fence for one in starts}
+    return (one for one in alive if one.fence in fences and one.fence < newest[one.task_key])
 
 
 def lines(rows: Sequence[object]) -> Iterator[str]:

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from controller.core.model import Owner
 from controller.sbx import templates
 from controller.sbx.boxes import DRAFT, Box, Boxes
+from controller.sbx.e2b_api import owner_of
 from controller.sbx.limits import CgroupTree
 from devcluster.e2b.api import Server, application
 from devcluster.e2b.faults import Fault
@@ -25,8 +27,9 @@ from devcluster.stack import Stack
 from devcluster.trial.api import now
 from devcluster.trial.progress import say
 
-Failures = Mapping[str, Callable[[], None]]
+Failures = Mapping[str, Callable[[], bool]]
 MANY_BOXES = 40
+LATE_SECONDS = 15.0  # longer than a lease, and the next attempt's look for the box
 
 
 class Place(Protocol):
@@ -37,14 +40,14 @@ class Place(Protocol):
     def settings(self) -> Mapping[str, str]:
         """A worker's."""
 
-    def failures(self) -> Failures:
-        """What can be done to the provider itself, by name. Done once each, spread over the run."""
+    def failures(self, kill: Callable[[], bool]) -> Failures:
+        """What can be done to the provider itself, by name; False: not yet. Done once each, spread over the run. `kill` kills a worker."""
 
     def look(self) -> None:
         """Called several times a second."""
 
-    def of_run(self, run_id: str) -> list[str]:
-        """Sandboxes of this run that live now."""
+    def alive(self) -> list[Owner]:
+        """Sandboxes that live now: something runs in them, or may still be started."""
 
     def left(self) -> list[str]:
         """Whatever is there of any sandbox: to be empty in the end."""
@@ -62,13 +65,13 @@ class Mock:
     def settings(self) -> Mapping[str, str]:
         return {"SBX_MODE": "mock"}
 
-    def failures(self) -> Failures:
+    def failures(self, kill: Callable[[], bool]) -> Failures:
         return {}
 
     def look(self) -> None:
         """Nothing to see."""
 
-    def of_run(self, run_id: str) -> list[str]:
+    def alive(self) -> list[Owner]:
         return []
 
     def left(self) -> list[str]:
@@ -91,16 +94,15 @@ class Local:
     def settings(self) -> Mapping[str, str]:
         return {"SBX_MODE": "live", "SBX_PROVIDER": "local", "SBX_ROOT": str(self._root)}
 
-    def failures(self) -> Failures:
+    def failures(self, kill: Callable[[], bool]) -> Failures:
         return {}
 
     def look(self) -> None:
         """Names of boxes, which are their cgroups' as well: other products' cgroups may stand beside ours."""
         self._names |= {one.name.removeprefix(DRAFT) for one in (self._root / "boxes").iterdir()}
 
-    def of_run(self, run_id: str) -> list[str]:
-        mine = [one for one in self._boxes.all() if one.owner.run_id == run_id]
-        return [f"{one.directory}: {one.owner}" for one in mine if _may_run(one)]
+    def alive(self) -> list[Owner]:
+        return [one.owner for one in self._boxes.all() if _may_run(one)]
 
     def left(self) -> list[str]:
         groups = [str(root / name) for root in self._cgroups.roots for name in self._names if (root / name).exists()]
@@ -136,16 +138,25 @@ class E2B:
             "SBX_E2B_TEMPLATES": "python=tmplpython",
         }
 
-    def failures(self) -> Failures:
+    def failures(self, kill: Callable[[], bool]) -> Failures:
+        late = [Fault(operation="create", held=LATE_SECONDS, times=6)]
         busy = [Fault(operation="create", status=429, times=3), Fault(operation="create", status=503, times=3)]
         broken = [
             Fault(operation="create", status=500, body="oops"),
             Fault(operation="create", status=500, body="made, but who knows", done=True),
             Fault(operation="list", status=500, body="oops"),
         ]
+
+        def orphan() -> bool:
+            """Whoever takes its task over looks for the box before there is one."""
+            if not late[0].happened and all(faults is not late for _, faults in self._plan):
+                self._fail("E2B made boxes late", late)
+            return late[0].happened == late[0].times and kill()
+
         return {
             "E2B answers 429 and 503": lambda: self._fail("E2B answered 429 and 503", busy),
             "E2B answers 500 without JSON": lambda: self._fail("E2B answered 500 without JSON", broken),
+            "E2B makes boxes late, and a worker is killed": orphan,
             "E2B is restarted": self._restart,
         }
 
@@ -156,9 +167,9 @@ class E2B:
                 self._plan[n] = (replace(window, ended=now()), faults)
         self.windows = [window for window, _ in self._plan]
 
-    def of_run(self, run_id: str) -> list[str]:
-        boxes = list(self._server.host.sandboxes.values())
-        return [f"{one.id}: {dict(one.metadata)}" for one in boxes if one.metadata.get("sisu-kodo-run") == run_id]
+    def alive(self) -> list[Owner]:
+        owners = (owner_of(one.metadata) for one in list(self._server.host.sandboxes.values()))
+        return [owner for owner in owners if owner is not None]
 
     def left(self) -> list[str]:
         listed = [f"{one.id}: {dict(one.metadata)}" for one in list(self._server.host.sandboxes.values())]
@@ -181,12 +192,13 @@ class E2B:
         )
         return Server(application(host, key=self.KEY), port=port).__enter__()
 
-    def _fail(self, what: str, faults: list[Fault]) -> None:
-        say(f"  {what.replace('answered', 'answers')}")
+    def _fail(self, what: str, faults: list[Fault]) -> bool:
+        say(f"  from now on: {what}")
         self._server.faults.plan.extend(faults)
         self._plan.append((Window(what=what, began=now(), ended=math.inf), faults))
+        return True
 
-    def _restart(self) -> None:
+    def _restart(self) -> bool:
         """The port is taken over at once, but every box and every connection of the old server is lost."""
         say("  E2B is restarted: all its boxes are gone")
         old, began = self._server, now()
@@ -194,6 +206,7 @@ class E2B:
         self._server = self._serve(port=int(old.url.rpartition(":")[2]))
         old.__exit__()
         self._plan.append((Window(what="E2B was restarted", began=began, ended=now()), []))
+        return True
 
 
 PLACES: Mapping[str, Callable[[Stack], Place]] = {"local": Local, "e2b": E2B}

@@ -186,6 +186,8 @@ def sandboxes(sizes: Sizes, provider: str) -> Part:
             spoiled += judge.spoiled(found, causes)
             lost += sum(one.err_code in judge.INFRASTRUCTURE for one in found.tasks)
         checks += _around(it, drive, [*(due.what for due in dues), CANCEL])
+        title = "no sandbox lived on beside the start of a newer one"
+        checks.append(judge.check(title, drive.looks, judge.lines(sorted(drive.doubled))))
         closing, _ = it.store.pace(courses[0].uid)
         figures = {
             "mixed, approved → closed": (closing, "s"),
@@ -201,18 +203,10 @@ def _dues(it: Scene, sizes: Sizes) -> list[Due]:
     it.chance.seed(sizes.seed)
     todo: list[tuple[str, Callable[[], bool]]] = [("a worker is killed", it.crew.kill)] * sizes.kills
     todo += [("a worker is stopped", it.crew.freeze)] * sizes.stops
-    todo += [(what, _done(do)) for what, do in it.place.failures().items()]
+    todo += it.place.failures(it.crew.kill).items()
     it.chance.shuffle(todo)
     part = 0.75 / max(1, len(todo))
     return [Due(at=0.08 + part * (n + it.chance.random()), what=what, do=do) for n, (what, do) in enumerate(todo)]
-
-
-def _done(do: Callable[[], None]) -> Callable[[], bool]:
-    def run() -> bool:
-        do()
-        return True
-
-    return run
 
 
 def _asked(course: Course, found: Evidence, causes: Causes) -> list[Check]:

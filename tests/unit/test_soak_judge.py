@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from controller.core.model import Owner
 from devcluster.soak import judge, plan
 from devcluster.soak.report import Part, verdict
 from devcluster.soak.rows import (
@@ -286,6 +287,13 @@ def test_workers_end_by_our_kill_or_by_their_own_fence() -> None:
 
 def test_what_did_not_happen_has_shown_nothing() -> None:
     assert list(judge.happened(["kill", "kill", "stop"], ["kill", "stop"])) == ["1 × kill did not happen"]
+
+
+@pytest.mark.parametrize(("fence", "found"), [(50, True), (102, False), (51, False)])
+def test_an_older_command_that_lives_on_beside_a_newer_one_is_found(fence: int, *, found: bool) -> None:
+    """Fence 51 is a box in which nothing was started."""
+    alive = Owner(store_id="s", run_id="r", task_key="key-2", attempt=1, fence=fence)
+    assert (list(judge.doubled(good().starts, [alive])) == [alive]) is found
 
 
 def test_one_violation_is_a_wrong_verdict() -> None:
