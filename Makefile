@@ -49,10 +49,10 @@ bench: setup ## measure latency, throughput and fan-out beside the machine's own
 bench-load: setup ## measure 10,000 waiting Intents, 1,000 at once, and restarts of API server and PostgreSQL under load
 	@$(RUN) python -m devcluster.bench load
 
-SOAK := $(foreach name,KILLS STOPS WORKERS TASKS PARALLELISM SEED SECONDS,$(if $($(name)),--$(shell tr A-Z a-z <<< $(name)) $($(name)))) $(if $(JSON),--json $(JSON))
+SOAK := $(foreach name,KILLS STOPS ZOMBIES WORKERS TASKS PARALLELISM SEED SECONDS,$(if $($(name)),--$(shell tr A-Z a-z <<< $(name)) $($(name)))) $(if $(JSON),--json $(JSON))
 
 .PHONY: fanout-soak
-fanout-soak: setup ## 1,000 tasks of one Intent while workers are killed; fails unless each counts once; KILLS= STOPS= SEEDS= SEED= TASKS= PARALLELISM= WORKERS= SECONDS= JSON=
+fanout-soak: setup ## 1,000 tasks of one Intent while workers are killed; fails unless each counts once; KILLS= STOPS= ZOMBIES= SEEDS= SEED= TASKS= PARALLELISM= WORKERS= SECONDS= JSON=
 	@$(RUN) python -m devcluster.soak fanout $(SOAK) $(if $(SEEDS),--seeds $(SEEDS))
 
 .PHONY: sandbox-soak

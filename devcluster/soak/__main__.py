@@ -15,6 +15,7 @@ from devcluster.trial.command import after, command, titled
 
 Kills = Annotated[int, typer.Option(min=0, help="Workers that are SIGKILLed while tasks run.")]
 Stops = Annotated[int, typer.Option(min=0, help="Workers that are stopped for longer than their lease, then go on.")]
+Zombies = Annotated[int, typer.Option(min=0, help="Workers that go on without knowing that their lease has run out.")]
 Workers = Annotated[int, typer.Option(min=2, help="Worker processes; each that is lost is replaced.")]
 Seconds = Annotated[float, typer.Option(min=10, help="Limit of each run, from its approval on.")]
 Seed = Annotated[int, typer.Option(help="Of the durations, and of what happens when.")]
@@ -40,6 +41,7 @@ def fanout(
     parallelism: Annotated[int, typer.Option(min=1, max=64)] = 50,
     kills: Kills = 2,
     stops: Stops = 0,
+    zombies: Zombies = 1,
     workers: Workers = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, one after the other, with other kill times.")] = 1,
     seed: Seed = 1,
@@ -48,7 +50,7 @@ def fanout(
     to: To = None,
 ) -> None:
     """One Intent of 1,000 mock tasks while workers are killed: each counts once, the run closes once, every start is explained."""
-    sizes = _sizes(tasks, kills, stops, workers, parallelism, seconds, seed, setting)
+    sizes = _sizes(tasks, kills, stops, zombies, workers, parallelism, seconds, seed, setting)
     _judge("fanout-soak", lambda: soak.fan_out(sizes, seeds=seeds), to)
 
 
@@ -61,6 +63,7 @@ def sandbox(
     parallelism: Annotated[int, typer.Option(min=2, max=20)] = 10,
     kills: Kills = 2,
     stops: Stops = 1,
+    zombies: Zombies = 1,
     workers: Workers = 3,
     seed: Seed = 1,
     seconds: Seconds = 600,
@@ -68,7 +71,7 @@ def sandbox(
     to: To = None,
 ) -> None:
     """Real sandboxes of all kinds while workers are killed and stopped, the provider fails, and an Intent is canceled."""
-    sizes = _sizes(tasks, kills, stops, workers, parallelism, seconds, seed, setting)
+    sizes = _sizes(tasks, kills, stops, zombies, workers, parallelism, seconds, seed, setting)
     _judge("sandbox-soak", lambda: [soak.sandboxes(sizes, one.value) for one in provider or Provider], to)
 
 
@@ -76,6 +79,7 @@ def _sizes(
     tasks: int,
     kills: int,
     stops: int,
+    zombies: int,
     workers: int,
     parallelism: int,
     seconds: float,
@@ -86,6 +90,7 @@ def _sizes(
         tasks=tasks,
         kills=kills,
         stops=stops,
+        zombies=zombies,
         workers=workers,
         parallelism=parallelism,
         seconds=seconds,

@@ -21,7 +21,10 @@ ASK_SECONDS = 0.5
 
 
 class Crew:
-    """All calls from the main thread, which processes end with. `busy` counts the attempts that run now, by worker."""
+    """All calls from the main thread, which processes end with.
+
+    `busy` counts the attempts that run now, by worker; `expire` makes a worker's lease run out on the database's clock.
+    """
 
     def __init__(
         self,
@@ -31,11 +34,13 @@ class Crew:
         ttl: float,
         chance: random.Random,
         busy: Callable[[], Mapping[str, int]],
+        expire: Callable[[str], None],
     ) -> None:
-        self._stack, self._ttl, self._chance, self._busy = stack, ttl, chance, busy
+        self._stack, self._ttl, self._chance, self._busy, self._expire = stack, ttl, chance, busy, expire
         self._settings = {**settings, "LEASE_TTL_SECONDS": f"{ttl:g}"}
         self._count = 0
         self._asked = 0.0
+        self._worked, self._since = 0.0, time.monotonic()
         self._members: dict[str, Controller] = {}
         self._ready: set[str] = set()
         self._frozen: dict[str, float] = {}
@@ -67,19 +72,17 @@ class Crew:
         return True
 
     def freeze(self) -> bool:
-        """SIGSTOP for somebody who runs tasks, for longer than its lease; then it may go on, and must find out that it may not."""
-        name = self._victim()
-        if name is None:
-            return False
-        self._members[name].child.signal(signal.SIGSTOP)
-        self._ready.discard(name)
-        self._frozen[name] = time.monotonic() + self._ttl + self._chance.uniform(2, 4)
-        self.interruptions.append(Interruption(worker=name, what="stopped", at=now()))
-        say(f"  {name} is stopped for longer than its lease")
-        return True
+        """SIGSTOP for somebody who runs tasks, for longer than its lease: when it may go on, its watchdog ends it at once."""
+        return self._stop("stopped", self._ttl + self._chance.uniform(2, 4), expire=False)
+
+    def disown(self) -> bool:
+        """Its lease runs out while it is stopped for so short that its watchdog does not notice: the fence has to refuse its outcomes."""
+        return self._stop("disowned", self._ttl / 2, expire=True)
 
     def tick(self) -> None:
         """What is due now: replacements, the end of a stop; and who has ended by itself."""
+        self._worked += len(self._ready) * (time.monotonic() - self._since)
+        self._since = time.monotonic()
         for name, until in list(self._frozen.items()):
             if time.monotonic() >= until:
                 del self._frozen[name]
@@ -100,6 +103,25 @@ class Crew:
         """Everybody is there, and nobody is stopped or a zombie."""
         waiting = self._replace_at or self._frozen or self._zombies
         return not waiting and self._members.keys() == self._ready
+
+    def _stop(self, what: str, seconds: float, *, expire: bool) -> bool:
+        name = self._victim()
+        if name is None:
+            return False
+        self._members[name].child.signal(signal.SIGSTOP)
+        if expire:
+            self._expire(name)
+        self._ready.discard(name)
+        self._frozen[name] = time.monotonic() + seconds
+        self.interruptions.append(Interruption(worker=name, what=what, at=now()))
+        say(f"  {name} is {what} for {seconds:.1f} s")
+        return True
+
+    def worked(self) -> float:
+        """Seconds that workers were ready since this was last asked, all together."""
+        self.tick()
+        worked, self._worked = self._worked, 0.0
+        return worked
 
     def sandboxes(self) -> list[str]:
         """By whose count there are sandboxes: what provider.owned(store) told each reaper when it looked last."""

@@ -68,7 +68,10 @@ class Course:
 
 @dataclass(kw_only=True)
 class Drive:
-    """`unsettled` is what was not over after everything should have been, `doubled` sandboxes that lived beside a newer one's start."""
+    """`unsettled` is what was not over when everything should have been.
+
+    Seen in the course of it: `contested` tasks with two open attempts, `doubled` sandboxes that lived beside a newer one's start.
+    """
 
     stack: Stack
     store: Store
@@ -78,6 +81,8 @@ class Drive:
     happened: list[str] = field(default_factory=list)
     unsettled: list[str] = field(default_factory=list)
     looks: int = 0
+    seen_alive: int = 0
+    contested: set[str] = field(default_factory=set)
     doubled: set[str] = field(default_factory=set)
 
     async def run(self, jobs: Sequence[Job], dues: Sequence[Due]) -> list[Course]:
@@ -161,5 +166,7 @@ class Drive:
         self.place.look()
         starts = self.store.starts()  # before the look: a box that lives now lived when they were written, too
         alive = self.place.alive()
-        self.looks += len(alive)
+        self.looks += 1
+        self.seen_alive += len(alive)
+        self.contested |= set(self.store.contested())
         self.doubled |= {str(owner) for owner in judge.doubled(starts, alive)}

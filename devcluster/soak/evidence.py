@@ -54,6 +54,8 @@ PROGRESS = """
 SELECT count(*) FILTER (WHERE t.status IN ('succeeded','failed'))::int, count(*) FILTER (WHERE t.status = 'running')::int
   FROM app.sbx_runs t JOIN app.runs r ON r.id = t.run_id WHERE r.intent_id = %s"""
 BUSY = "SELECT regexp_replace(executor, '-[^-]*$', ''), count(*)::int FROM app.sbx_attempts WHERE state = 'created' GROUP BY 1"
+CONTESTED = "SELECT task_key, array_agg(fence ORDER BY fence) FROM app.sbx_attempts WHERE state = 'created' GROUP BY 1 HAVING count(*) > 1"
+EXPIRE = "UPDATE app.executor_leases SET expires_at = clock_timestamp() WHERE starts_with(executor_id, %s)"
 PACE = """
 SELECT extract(epoch FROM r.finished_at
          - (SELECT min(t.at) FROM app.run_transitions t WHERE t.run_id = r.id AND t.stage = 'execute'))::float,
@@ -88,6 +90,14 @@ class Store:
     def busy(self) -> Mapping[str, int]:
         """Attempts without an end, by worker."""
         return dict(self.ask(BUSY))
+
+    def expire(self, worker: str) -> None:
+        """Its lease runs out now, as if the database's clock had jumped."""
+        self._connection.execute(EXPIRE, (f"{worker}-",))
+
+    def contested(self) -> list[str]:
+        """Tasks with two attempts of which neither has an end: for no moment, for one statement ends the old and begins the new."""
+        return [f"task {key}: fences {fences}" for key, fences in self.ask(CONTESTED)]
 
     def open(self) -> list[str]:
         """Everything that is not over."""

@@ -101,7 +101,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Interruption:
-    """A worker that could not go on: `killed` and `stopped` by us, `ended` by itself."""
+    """A worker that could not go on: `killed`, `stopped` and `disowned` by us, `ended` by itself."""
 
     worker: str
     what: str

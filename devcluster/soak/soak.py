@@ -22,7 +22,7 @@ from devcluster.trial.costs import Meter
 from devcluster.trial.numbers import net, rate
 from devcluster.trial.progress import say
 
-TTL_SECONDS = 5.0
+TTL_SECONDS = 6.0
 GRACE_SECONDS = 3.0
 IDLE_SECONDS = 8.0
 
@@ -34,6 +34,7 @@ class Sizes:
     tasks: int
     kills: int
     stops: int
+    zombies: int
     workers: int
     parallelism: int
     seconds: float
@@ -86,6 +87,7 @@ def scene(make: Callable[[Stack], Place], sizes: Sizes, record: Callable[[Path],
             ttl=TTL_SECONDS,
             chance=chance,
             busy=store.busy,
+            expire=store.expire,
         )
         controller = None
         try:
@@ -136,14 +138,18 @@ def _one_fan_out(it: Scene, sizes: Sizes, tasks: Sequence[plan.Planned], meter: 
         phase="Succeeded",
     )
     dues, drive, before = _dues(it, sizes), it.drive(sizes.seconds), meter.settled()
+    it.crew.worked()
     (course,) = asyncio.run(drive.run([job], dues))
-    spent = meter.settled().minus(before)
+    spent, there = meter.settled().minus(before), it.crew.worked()
     found, causes = it.store.gather(course.uid, shown=course.shown, largest=course.largest), it.causes()
     closing, executing = it.store.pace(course.uid)
     figures = {
         "approved → closed": (len(tasks) / closing if closing else 0.0, "tasks/s"),
         "first begun → last done": (len(tasks) / executing if executing else 0.0, "tasks/s"),
-        "commits per task, net of idle": (net(spent.commits, idle_rate=idle, seconds=spent.at) / len(tasks), ""),
+        "commits per task, net of what idle workers commit": (
+            net(spent.commits, idle_rate=idle / sizes.workers, seconds=there) / len(tasks),
+            "",
+        ),
         "the Intent's JSON at its largest": (course.largest, "bytes"),
         "attempts that did not count": (judge.spoiled(found, causes), ""),
     }
@@ -187,7 +193,7 @@ def sandboxes(sizes: Sizes, provider: str) -> Part:
             lost += sum(one.err_code in judge.INFRASTRUCTURE for one in found.tasks)
         checks += _around(it, drive, [*(due.what for due in dues), CANCEL])
         title = "no sandbox lived on beside the start of a newer one"
-        checks.append(judge.check(title, drive.looks, judge.lines(sorted(drive.doubled))))
+        checks.append(judge.check(title, drive.seen_alive, judge.lines(sorted(drive.doubled))))
         closing, _ = it.store.pace(courses[0].uid)
         figures = {
             "mixed, approved → closed": (closing, "s"),
@@ -203,6 +209,7 @@ def _dues(it: Scene, sizes: Sizes) -> list[Due]:
     it.chance.seed(sizes.seed)
     todo: list[tuple[str, Callable[[], bool]]] = [("a worker is killed", it.crew.kill)] * sizes.kills
     todo += [("a worker is stopped", it.crew.freeze)] * sizes.stops
+    todo += [("a worker's lease is taken from it", it.crew.disown)] * sizes.zombies
     todo += it.place.failures(it.crew.kill).items()
     it.chance.shuffle(todo)
     part = 0.75 / max(1, len(todo))
@@ -235,6 +242,7 @@ def _around(it: Scene, drive: Drive, planned: Sequence[str]) -> list[Check]:
     return [
         judge.check("no task key twice in SQL", it.store.tasks(), judge.lines(it.store.doubles())),
         judge.check("no start of an unknown task", len(it.store.starts()), judge.lines(it.store.strangers())),
+        judge.check("never two open attempts of one task", drive.looks, judge.lines(sorted(drive.contested))),
         judge.check("in the end nothing runs, waits or is left", 1, judge.lines(drive.unsettled)),
         judge.check("everything was done to it that should be", 1, judge.happened(planned, drive.happened)),
         judge.check("a worker ends by a kill or by its fence", 1, judge.ended(crew.codes, crew.interruptions)),

@@ -51,7 +51,7 @@ def pool(database: str) -> Iterator[Pool]:
 @pytest.fixture
 def journal(pool: Pool) -> Journal:
     made = Journal(pool)
-    made.leases.beat("alive", ttl=600)
+    made.leases.take("alive", ttl=600)
     return made
 
 
@@ -124,7 +124,7 @@ def test_no_more_per_second_however_many_workers_ask(journal: Journal) -> None:
 
 
 def test_the_sandboxes_of_a_dead_worker_do_not_count(journal: Journal) -> None:
-    journal.leases.beat("dies", ttl=1)
+    journal.leases.take("dies", ttl=1)
     journal.begin(1, executor="dies")
     journal.begin(2)
     gate = admission(journal.pool, concurrent=1)
