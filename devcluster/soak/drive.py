@@ -54,7 +54,10 @@ class Due:
 
 @dataclass(kw_only=True)
 class Course:
-    """What became of a job. `at_cancel` is what was left of it in the moment that it was shown as Canceled."""
+    """What became of a job. `at_cancel` are its sandboxes with a command that lived when it was shown as Canceled.
+
+    An empty one may be there, if it was made after its worker had died: nobody can know of it, and the reaper ends it.
+    """
 
     job: Job
     uid: str = ""
@@ -143,8 +146,9 @@ class Drive:
         if sight is None:
             return
         if not one.phase and sight.phase == "Canceled":
-            run_id = self.store.run_id(one.uid)
-            one.at_cancel = [str(owner) for owner in self.place.alive() if owner.run_id == run_id]
+            run_id, started = self.store.run_id(one.uid), {start.fence for start in self.store.starts()}
+            mine = [owner for owner in self.place.alive() if owner.run_id == run_id]
+            one.at_cancel = [str(owner) for owner in mine if owner.fence in started]
         one.phase, one.shown = sight.phase, sight.status.get("tasks", {})
 
     async def _settle(self) -> None:
