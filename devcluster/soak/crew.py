@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from devcluster.errors import DevclusterError
 from devcluster.processes import tail
+from devcluster.soak.evidence import Store
 from devcluster.soak.rows import Interruption
 from devcluster.stack import Controller, Stack
 from devcluster.trial.api import now
@@ -21,10 +22,7 @@ ASK_SECONDS = 0.5
 
 
 class Crew:
-    """All calls from the main thread, which processes end with.
-
-    `busy` counts the attempts that run now, by worker; `expire` makes a worker's lease run out on the database's clock.
-    """
+    """All calls from the main thread, which processes end with."""
 
     def __init__(
         self,
@@ -33,10 +31,9 @@ class Crew:
         *,
         ttl: float,
         chance: random.Random,
-        busy: Callable[[], Mapping[str, int]],
-        expire: Callable[[str], None],
+        store: Store,
     ) -> None:
-        self._stack, self._ttl, self._chance, self._busy, self._expire = stack, ttl, chance, busy, expire
+        self._stack, self._ttl, self._chance, self._store = stack, ttl, chance, store
         self._settings = {**settings, "LEASE_TTL_SECONDS": f"{ttl:g}"}
         self._count = 0
         self._asked = 0.0
@@ -44,6 +41,7 @@ class Crew:
         self._members: dict[str, Controller] = {}
         self._ready: set[str] = set()
         self._frozen: dict[str, float] = {}
+        self._disowned: set[str] = set()
         self._zombies: set[str] = set()
         self._replace_at: list[float] = []
         self.interruptions: list[Interruption] = []
@@ -76,7 +74,10 @@ class Crew:
         return self._stop("stopped", self._ttl + self._chance.uniform(2, 4), expire=False)
 
     def disown(self) -> bool:
-        """Its lease runs out while it is stopped for so short that its watchdog does not notice: the fence has to refuse its outcomes."""
+        """Its lease runs out while it is stopped, and it goes on when its tasks were just begun anew: the fence has to refuse it.
+
+        Before its watchdog could notice: that looks at its own clock, and the lease ran out on the database's.
+        """
         return self._stop("disowned", self._ttl / 2, expire=True)
 
     def tick(self) -> None:
@@ -84,7 +85,7 @@ class Crew:
         self._worked += len(self._ready) * (time.monotonic() - self._since)
         self._since = time.monotonic()
         for name, until in list(self._frozen.items()):
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or (name in self._disowned and self._store.superseded(name)):
                 del self._frozen[name]
                 self._zombies.add(name)
                 self._members[name].child.signal(signal.SIGCONT)
@@ -110,11 +111,12 @@ class Crew:
             return False
         self._members[name].child.signal(signal.SIGSTOP)
         if expire:
-            self._expire(name)
+            self._store.expire(name)
+            self._disowned.add(name)
         self._ready.discard(name)
         self._frozen[name] = time.monotonic() + seconds
         self.interruptions.append(Interruption(worker=name, what=what, at=now()))
-        say(f"  {name} is {what} for {seconds:.1f} s")
+        say(f"  {name} is {what}, for {seconds:.1f} s at most")
         return True
 
     def worked(self) -> float:
@@ -148,7 +150,7 @@ class Crew:
         self.all.append(self._members[name])
 
     def _victim(self) -> str | None:
-        busy = self._busy()
+        busy = self._store.busy()
         ready = sorted(name for name in self._ready if busy.get(name))
         return self._chance.choice(ready) if ready else None
 

@@ -55,6 +55,7 @@ SELECT count(*) FILTER (WHERE t.status IN ('succeeded','failed'))::int, count(*)
   FROM app.sbx_runs t JOIN app.runs r ON r.id = t.run_id WHERE r.intent_id = %s"""
 BUSY = "SELECT regexp_replace(executor, '-[^-]*$', ''), count(*)::int FROM app.sbx_attempts WHERE state = 'created' GROUP BY 1"
 CONTESTED = "SELECT task_key, array_agg(fence ORDER BY fence) FROM app.sbx_attempts WHERE state = 'created' GROUP BY 1 HAVING count(*) > 1"
+SUPERSEDED = "SELECT 1 FROM app.sbx_attempts WHERE starts_with(executor, %s) AND state = 'unknown' LIMIT 1"
 EXPIRE = "UPDATE app.executor_leases SET expires_at = clock_timestamp() WHERE starts_with(executor_id, %s)"
 PACE = """
 SELECT extract(epoch FROM r.finished_at
@@ -94,6 +95,10 @@ class Store:
     def expire(self, worker: str) -> None:
         """Its lease runs out now, as if the database's clock had jumped."""
         self._connection.execute(EXPIRE, (f"{worker}-",))
+
+    def superseded(self, worker: str) -> bool:
+        """Whether some attempt of this worker was taken over by another."""
+        return bool(self.ask(SUPERSEDED, f"{worker}-"))
 
     def contested(self) -> list[str]:
         """Tasks with two attempts of which neither has an end: for no moment, for one statement ends the old and begins the new."""

@@ -86,8 +86,7 @@ def scene(make: Callable[[Stack], Place], sizes: Sizes, record: Callable[[Path],
             },
             ttl=TTL_SECONDS,
             chance=chance,
-            busy=store.busy,
-            expire=store.expire,
+            store=store,
         )
         controller = None
         try:
