@@ -21,7 +21,7 @@ NAMESPACE = "soak"
 TICK = 0.1
 TELL_SECONDS = 5.0
 PLAN_SECONDS = 120.0
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 90.0
 CANCEL = "an Intent is canceled in the middle"
 
 

@@ -229,7 +229,7 @@ def streamed(plan: Sequence[Planned], it: Evidence) -> Iterator[str]:
         if stream is None:
             yield f"{one.task_id}: no stream"
         elif (stream.marks, stream.last) != (1, "stream_closed") or not _whole(stream, stdout):
-            yield f"{one.task_id}: {stream}, due are {len(stdout or b'')} bytes"
+            yield f"{one.task_id}: {stream}, due are {'any' if stdout is None else len(stdout)} bytes"
 
 
 def _whole(stream: Stream, stdout: bytes | None) -> bool:

@@ -23,7 +23,9 @@ from devcluster.trial.numbers import net, rate
 from devcluster.trial.progress import say
 
 TTL_SECONDS = 6.0
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = (
+    10.0  # so long that the reaper does not do what a successor has to: end the older sandbox before its own command
+)
 IDLE_SECONDS = 8.0
 
 

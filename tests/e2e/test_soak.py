@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_a_thousand_tasks_count_once_while_workers_are_killed(tmp_path: Path) ->
     (part,) = soak(tmp_path / "verdict.json", "fanout", "--kills", "2")
     assert looked_at(part, "one outcome accepted per task") == 1000
     assert looked_at(part, "start log: every start is a journaled attempt") >= 1000
-    assert part["faults"] == ["a worker is killed"] * 2
+    assert Counter(part["faults"]) == {"a worker is killed": 2, "a worker's lease is taken from it": 1}
     assert part["figures"]["attempts that did not count"][0] > 0, "the kills hit something"
 
 
