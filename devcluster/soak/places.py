@@ -41,7 +41,7 @@ class Place(Protocol):
         """A worker's."""
 
     def failures(self, kill: Callable[[], bool]) -> Failures:
-        """What can be done to the provider itself, by name; False: not yet. Done once each, spread over the run. `kill` kills a worker."""
+        """What can be done to the provider itself, by name; False: not yet. Once each, in this order. `kill` kills a worker."""
 
     def look(self) -> None:
         """Called several times a second."""
@@ -156,8 +156,8 @@ class E2B:
         return {
             "E2B answers 429 and 503": lambda: self._fail("E2B answered 429 and 503", busy),
             "E2B answers 500 without JSON": lambda: self._fail("E2B answered 500 without JSON", broken),
-            "E2B makes boxes late, and a worker is killed": orphan,
             "E2B is restarted": self._restart,
+            "E2B makes boxes late, and a worker is killed": orphan,  # last: no restart takes the orphan from the reaper
         }
 
     def look(self) -> None:

@@ -208,13 +208,16 @@ def sandboxes(sizes: Sizes, provider: str) -> Part:
 def _dues(it: Scene, sizes: Sizes) -> list[Due]:
     """Kills, stops and the provider's own failures, in this seed's order, spread over most of the run."""
     it.chance.seed(sizes.seed)
+    failures = list(it.place.failures(it.crew.kill).items())
     todo: list[tuple[str, Callable[[], bool]]] = [("a worker is killed", it.crew.kill)] * sizes.kills
     todo += [("a worker is stopped", it.crew.freeze)] * sizes.stops
     todo += [("a worker's lease is taken from it", it.crew.disown)] * sizes.zombies
-    todo += it.place.failures(it.crew.kill).items()
     it.chance.shuffle(todo)
-    part = 0.75 / max(1, len(todo))
-    return [Due(at=0.08 + part * (n + it.chance.random()), what=what, do=do) for n, (what, do) in enumerate(todo)]
+    turns = [todo] * len(todo) + [failures] * len(failures)  # the provider's own in their order
+    it.chance.shuffle(turns)
+    planned = [turn.pop(0) for turn in turns]
+    part = 0.75 / max(1, len(planned))
+    return [Due(at=0.08 + part * (n + it.chance.random()), what=what, do=do) for n, (what, do) in enumerate(planned)]
 
 
 def _asked(course: Course, found: Evidence, causes: Causes) -> list[Check]:
