@@ -73,7 +73,6 @@ async def _create(request: web.Request) -> web.Response:
         sandbox = await asyncio.to_thread(host.create, template, seconds=asked.get("timeout", 300), **options)
     except Full as e:
         return refusal(429, str(e))
-    host.sandboxes[sandbox.id] = sandbox
     return web.json_response({**_listed(sandbox), "envdAccessToken": sandbox.token}, status=201)
 
 
