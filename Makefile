@@ -49,6 +49,16 @@ bench: setup ## measure latency, throughput and fan-out beside the machine's own
 bench-load: setup ## measure 10,000 waiting Intents, 1,000 at once, and restarts of API server and PostgreSQL under load
 	@$(RUN) python -m devcluster.bench load
 
+SOAK := $(foreach name,KILLS STOPS ZOMBIES WORKERS TASKS PARALLELISM SEED SECONDS,$(if $($(name)),--$(shell tr A-Z a-z <<< $(name)) $($(name)))) $(if $(JSON),--json $(JSON))
+
+.PHONY: fanout-soak
+fanout-soak: setup ## 1,000 tasks of one Intent while workers are killed; fails unless each counts once; KILLS= STOPS= ZOMBIES= SEEDS= SEED= TASKS= PARALLELISM= WORKERS= SECONDS= JSON=
+	@$(RUN) python -m devcluster.soak fanout $(SOAK) $(if $(SEEDS),--seeds $(SEEDS))
+
+.PHONY: sandbox-soak
+sandbox-soak: setup ## real sandboxes of all kinds, local and e2b, while workers and provider fail; as above, and PROVIDER=local or e2b
+	@$(RUN) python -m devcluster.soak sandbox $(SOAK) $(if $(PROVIDER),--provider $(PROVIDER))
+
 .PHONY: up
 up: setup ## a development cluster, PostgreSQL and the controller, in the background; CONTROLLER=0 leaves the controller out, NODE=1 adds a real node (root)
 	@$(RUN) python -m devcluster up $(if $(filter 0,$(CONTROLLER)),--no-controller) $(if $(filter 1,$(NODE)),--node)

@@ -33,8 +33,11 @@ class Clock(Protocol):
 class LeaseStore(Protocol):
     """Who is alive, and what the dead left behind. Times are the database's."""
 
-    def beat(self, executor: str, *, ttl: float) -> None:
-        """Renew this process incarnation's lease."""
+    def take(self, executor: str, *, ttl: float) -> None:
+        """Begin this process incarnation's lease."""
+
+    def renew(self, executor: str, *, ttl: float) -> bool:
+        """Go on with it. False: it had run out, so that somebody else may be doing its work already."""
 
     def release(self, executor: str) -> None:
         """Give the lease up: peers may take the work over at once."""

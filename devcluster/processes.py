@@ -69,10 +69,22 @@ class Child:
     def stop(self, *steps: tuple[signal.Signals, float]) -> None:
         """Sends each signal in turn and waits so many seconds for the end, then SIGKILL."""
         for number, grace in (*steps, (signal.SIGKILL, 10.0)):
-            self._send(number)
+            self.signal(number)
             if self.wait(grace):
                 return
         raise DevclusterError(f"{self.name} (pid {self.pid}) is still there after SIGKILL")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it to this very process; nothing happens when it is gone."""
+        fd = self._pidfd()
+        if fd is None:
+            return
+        try:
+            signal.pidfd_send_signal(fd, number)
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(fd)
 
     def record(self) -> dict[str, str | int]:
         return {"name": self.name, "pid": self.pid, "born": self.born}
@@ -91,17 +103,6 @@ class Child:
             return fd
         os.close(fd)
         return None
-
-    def _send(self, number: signal.Signals) -> None:
-        fd = self._pidfd()
-        if fd is None:
-            return
-        try:
-            signal.pidfd_send_signal(fd, number)
-        except ProcessLookupError:
-            return
-        finally:
-            os.close(fd)
 
 
 def spawn(

@@ -50,18 +50,24 @@ def scratch() -> Iterator[Path]:
 
 @dataclass
 class Controller:
-    """One `python -m controller run`. `admin` is the base URL of its health and metrics."""
+    """One `python -m controller run`. `admin` is the base URL of its health and metrics, known once it has written `port_file`."""
 
     child: Child
     log: Path
-    admin: str
+    admin: str = ""
+    port_file: Path | None = None
 
     def ready(self) -> bool:
         """/readyz says 200."""
+        if not self.admin and self.port_file is not None and self.port_file.exists():
+            port = self.port_file.read_text().strip()
+            self.admin = f"http://127.0.0.1:{port}" if port else ""
         return self.get("/readyz")[0] == 200
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of one admin request; status 0 when nothing answers."""
+        if not self.admin:
+            return 0, "it has not told its port"
         try:
             with urllib.request.urlopen(self.admin + path, timeout=3) as answer:
                 return answer.status, answer.read().decode()
@@ -262,6 +268,21 @@ class Stack:
 
         `program` replaces `-m controller run --role ROLE`: a test's own composition of the same parts.
         """
+        started = self.begin(name=name, role=role, program=program, **settings)
+        deadline = time.monotonic() + 30
+        while not started.ready():
+            if not started.child.alive() or time.monotonic() > deadline:
+                said = started.get("/readyz")
+                raise DevclusterError(
+                    f"{name} is not ready: {said}; the end of {started.log}:\n{tail(started.log, 30)}"
+                )
+            time.sleep(0.05)
+        return started
+
+    def begin(
+        self, *, name: str = "controller", role: str = "all", program: Sequence[str] = (), **settings: str
+    ) -> Controller:
+        """The same without waiting. From the main thread: the process ends with the thread that starts it."""
         log = self.state / f"{name}.log"
         port_file = self.state / f"{name}.port"
         port_file.unlink(missing_ok=True)
@@ -276,16 +297,4 @@ class Stack:
             death=signal.SIGTERM,
             env=self.environment(**{"ADMIN_PORT_FILE": str(port_file), "POD_NAME": name, **settings}),
         )
-        deadline = time.monotonic() + 30
-        while not port_file.exists() or not port_file.read_text():
-            if not child.alive() or time.monotonic() > deadline:
-                raise DevclusterError(f"the controller did not start; the end of {log}:\n{tail(log, 30)}")
-            time.sleep(0.05)
-        started = Controller(child=child, log=log, admin=f"http://127.0.0.1:{port_file.read_text().strip()}")
-        while not started.ready():
-            if not child.alive() or time.monotonic() > deadline:
-                raise DevclusterError(
-                    f"the controller is not ready: {started.get('/readyz')}; the end of {log}:\n{tail(log, 30)}"
-                )
-            time.sleep(0.05)
-        return started
+        return Controller(child=child, log=log, port_file=port_file)

@@ -17,8 +17,11 @@ class PgLeaseStore:
         self._pool = pool
         self._version = app_version
 
-    def beat(self, executor: str, *, ttl: float) -> None:
-        change(self._pool, "beat", executor=executor, ttl=ttl)
+    def take(self, executor: str, *, ttl: float) -> None:
+        change(self._pool, "take_lease", executor=executor, ttl=ttl)
+
+    def renew(self, executor: str, *, ttl: float) -> bool:
+        return change(self._pool, "renew_lease", executor=executor, ttl=ttl) == 1
 
     def release(self, executor: str) -> None:
         change(self._pool, "release", executor=executor)

@@ -349,9 +349,14 @@ UPDATE app.runs SET tokens = coalesce((SELECT sum((o.tokens->>'in')::bigint + (o
 
 -- ------------------------------------------------------------------------------------------------ leases and repair
 
--- name: beat
+-- name: take_lease
 INSERT INTO app.executor_leases (executor_id, expires_at) VALUES (%(executor)s, clock_timestamp() + make_interval(secs => %(ttl)s))
 ON CONFLICT (executor_id) DO UPDATE SET expires_at = excluded.expires_at
+
+-- name: renew_lease
+-- A lease that has run out stays so: its executor's workflows may already run elsewhere, under the same ids.
+UPDATE app.executor_leases SET expires_at = clock_timestamp() + make_interval(secs => %(ttl)s)
+ WHERE executor_id = %(executor)s AND expires_at > clock_timestamp()
 
 -- name: release
 DELETE FROM app.executor_leases WHERE executor_id = %(executor)s

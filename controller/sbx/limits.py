@@ -24,6 +24,7 @@ OPEN_FILES = 4096
 OWN_PROCESSES = 4  # bubblewrap outside and inside, prlimit, the shell: not the task's
 INODES_PER_MB = 256  # an empty file costs the host about 4 KiB too
 MIB = 1 << 20
+REMOVE_SECONDS = 10.0
 
 
 def rlimits(limits: Limits, *, memory: bool, processes: bool = True) -> list[str]:
@@ -69,17 +70,12 @@ class Cgroup:
         return None if used is None else used // 1000
 
     def remove(self) -> None:
-        """Kills what is left in it and removes it. A directory may stay busy for some milliseconds after the last exit."""
+        """Kills what is left in it and removes it. A directory stays busy until the last exit, on a loaded machine for seconds."""
+        deadline = time.monotonic() + REMOVE_SECONDS
         for directory in self.directories:
-            for _ in range(100):
-                try:
-                    directory.rmdir()
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    _kill_members(directory)
-                    time.sleep(0.005)
+            while not _removed(directory) and time.monotonic() < deadline:
+                _kill_members(directory)
+                time.sleep(0.005)
 
     def _fact(self, files: Mapping[int, str], key: str | None = None) -> int | None:
         """A number from the file of our version, wherever it is; with `key`, from the line that begins with it."""
@@ -88,6 +84,16 @@ class Cgroup:
                 text = (directory / files.get(self.version, "")).read_text()
                 return int(text) if key is None else int(dict(line.split() for line in text.splitlines())[key])
         return None
+
+
+def _removed(directory: Path) -> bool:
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _kill_members(directory: Path) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 class Lease:
     """Heartbeat of one executor, and a watchdog beside it: a heartbeat that hangs must not hide that the lease ran out.
 
+    A lease that ran out on the database's clock is never taken again: two live executors would run the same workflows.
+
     `fence_off(reason)` must not return.
     """
 
@@ -34,7 +36,8 @@ class Lease:
 
     def start(self) -> None:
         """Take the lease, before anything is dequeued."""
-        self._beat()
+        self._renewed = self._clock.monotonic()
+        self._store.take(self._executor, ttl=self._ttl)
         for loop in self._loops:
             loop.start()
 
@@ -46,7 +49,8 @@ class Lease:
 
     def _beat(self) -> None:
         began = self._clock.monotonic()
-        self._store.beat(self._executor, ttl=self._ttl)
+        if not self._store.renew(self._executor, ttl=self._ttl):
+            self._fence_off("the executor lease ran out")
         self._renewed = began
 
     def _watch(self) -> None:

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from devcluster.bench import bare, load, machine, product, report
-from devcluster.bench.costs import Meter
-from devcluster.bench.numbers import Row
 from devcluster.bench.people import NAMESPACE
-from devcluster.bench.progress import say
 from devcluster.processes import tail
 from devcluster.stack import Stack
+from devcluster.trial.command import after, own_stack
+from devcluster.trial.costs import Meter
+from devcluster.trial.numbers import Row
+from devcluster.trial.progress import say
 
 
 class Section(StrEnum):
@@ -175,10 +176,10 @@ def main(
 def _measure(choice: Choice, facts: dict[str, str]) -> report.Result:
     facts |= choice.settings
     say("control plane and PostgreSQL (fsync on), from nothing")
-    with report.own_stack() as stack:
+    with own_stack() as stack:
         done = Bench(stack, choice)
         done.run()
-        facts |= report.after()
+        facts |= after()
         say("stopping")
     return report.Result(done.sections, done.details)
 

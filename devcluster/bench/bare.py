@@ -14,10 +14,10 @@ import psycopg
 from dbos import DBOS, DBOSPortableJSONSerializer
 
 from controller.db.migrate import sqlalchemy_url
-from devcluster.bench.numbers import Row, rate
 from devcluster.errors import DevclusterError
 from devcluster.processes import spawn, wait_ready
 from devcluster.stack import ROOT, Stack
+from devcluster.trial.numbers import Row, rate
 
 APPLICATION, QUEUE, VERSION = "bare", "bareQ", "v1"
 CONCURRENCY, POLL_SECONDS = 32, 0.1

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psycopg
 
-from devcluster.bench.api import Api
 from devcluster.bench.people import HELLO, IN_FLIGHT
 from devcluster.errors import DevclusterError
 from devcluster.stack import ROOT, Stack
+from devcluster.trial.api import Api
 
 PLAN_BYTES = 4096
 LINE = "The greeting is written once, by one task, into one file, and nothing else in the workspace is touched or read ({}). "

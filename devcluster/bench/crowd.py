@@ -9,10 +9,10 @@ from typing import Any
 
 import aiohttp
 
-from devcluster.bench.api import RESOURCES, Api, Phases, Refused, now
 from devcluster.bench.people import HELLO, IN_FLIGHT, Timed
 from devcluster.errors import DevclusterError
 from devcluster.stack import Stack
+from devcluster.trial.api import RESOURCES, Api, Phases, Refused, now
 
 AGAIN_SECONDS = 0.2
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import psycopg
 
-from devcluster.bench.numbers import counters
 from devcluster.errors import DevclusterError
 from devcluster.stack import Controller
+from devcluster.trial.numbers import counters
 
 WRONG = {
     "runs that did not succeed": "SELECT intent_id, status, reason FROM app.runs WHERE status <> 'succeeded'",

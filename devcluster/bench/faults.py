@@ -6,10 +6,10 @@ import signal
 import time
 from pathlib import Path
 
-from devcluster.bench.api import RESOURCES
 from devcluster.errors import DevclusterError
 from devcluster.processes import spawn
 from devcluster.stack import Stack
+from devcluster.trial.api import RESOURCES
 
 READY_SECONDS = 60.0
 LIST = f"{RESOURCES}/intents?limit=1"

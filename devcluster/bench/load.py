@@ -13,8 +13,9 @@ import typer
 
 from devcluster.bench import load_many, load_restarts, load_waiting, report
 from devcluster.bench.load_waiting import Sizes
-from devcluster.bench.numbers import Row
-from devcluster.bench.progress import say
+from devcluster.trial.command import after, own_stack
+from devcluster.trial.numbers import Row
+from devcluster.trial.progress import say
 
 
 class Part(StrEnum):
@@ -72,7 +73,7 @@ def _measure(choice: Choice, facts: dict[str, str]) -> report.Result:
         if part not in choice.wanted:
             continue
         say(f"{part}: control plane and PostgreSQL (fsync on), from nothing")
-        with report.own_stack() as stack:
+        with own_stack() as stack:
             if part is Part.many:
                 name, rows, more = load_many.measure(stack, intents=choice.many, settings=choice.settings)
             elif part is Part.restarts:
@@ -82,5 +83,5 @@ def _measure(choice: Choice, facts: dict[str, str]) -> report.Result:
             say("stopping")
         sections[name] = rows
         details[part.value] = more
-    facts |= report.after()
+    facts |= after()
     return report.Result(sections, details)

@@ -8,15 +8,15 @@ from typing import Any
 
 import psycopg
 
-from devcluster.bench.api import Phases
-from devcluster.bench.costs import Meter
 from devcluster.bench.crowd import crowd
 from devcluster.bench.evidence import bucket, exactly_once, log_events, peak_mib
-from devcluster.bench.numbers import Row, percentile, rate
 from devcluster.bench.people import Timed
-from devcluster.bench.progress import say
 from devcluster.errors import DevclusterError
 from devcluster.stack import Controller, Stack
+from devcluster.trial.api import Phases
+from devcluster.trial.costs import Meter
+from devcluster.trial.numbers import Row, percentile, rate
+from devcluster.trial.progress import say
 
 NAMESPACE = "load-many"
 PATIENCE = 600.0

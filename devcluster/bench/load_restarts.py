@@ -9,16 +9,16 @@ from typing import Any
 
 import psycopg
 
-from devcluster.bench.api import now
 from devcluster.bench.crowd import crowd
 from devcluster.bench.evidence import exactly_once, log_events, peak_mib
 from devcluster.bench.faults import restart_api_server, restart_postgres
-from devcluster.bench.numbers import Row
 from devcluster.bench.people import Timed
-from devcluster.bench.progress import say
 from devcluster.errors import DevclusterError
 from devcluster.processes import tail
 from devcluster.stack import Controller, Stack
+from devcluster.trial.api import now
+from devcluster.trial.numbers import Row
+from devcluster.trial.progress import say
 
 NAMESPACE = "load-restarts"
 PATIENCE = 300.0

@@ -13,16 +13,16 @@ from typing import Any
 import psutil
 import psycopg
 
-from devcluster.bench.api import RESOURCES, Api
 from devcluster.bench.copies import copy_rows, create, four_kib_fixtures
-from devcluster.bench.costs import Meter, Spent
 from devcluster.bench.crowd import crowd
 from devcluster.bench.evidence import log_events, metric, peak_mib
-from devcluster.bench.numbers import Row, grown, percentile, rate
 from devcluster.bench.people import Timed
-from devcluster.bench.progress import say
 from devcluster.errors import DevclusterError
 from devcluster.stack import Controller, Stack
+from devcluster.trial.api import RESOURCES, Api
+from devcluster.trial.costs import Meter, Spent
+from devcluster.trial.numbers import Row, grown, percentile, rate
+from devcluster.trial.progress import say
 
 NAMESPACE = "load-waiting"
 GOAL_MIB = 400

@@ -7,9 +7,9 @@ import time
 
 import psycopg
 
-from devcluster.bench.api import RESOURCES, Api, Phases, now
-from devcluster.bench.numbers import Row, latency_rows, rate
 from devcluster.stack import Stack
+from devcluster.trial.api import RESOURCES, Api, Phases, now
+from devcluster.trial.numbers import Row, latency_rows, rate
 
 NAMESPACE = "bench-machine"
 IN_FLIGHT = 16

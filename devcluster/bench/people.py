@@ -10,9 +10,9 @@ from typing import Any
 
 import psycopg
 
-from devcluster.bench.api import Api, Phases, now
 from devcluster.errors import DevclusterError
 from devcluster.stack import Stack
+from devcluster.trial.api import Api, Phases, now
 
 NAMESPACE = "bench"
 IN_FLIGHT = 16

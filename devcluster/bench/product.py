@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from devcluster.bench.api import Api, now
-from devcluster.bench.costs import CPUS, Meter, Spent
-from devcluster.bench.numbers import Row, grown, latency_rows, net, percentile, rate
 from devcluster.bench.people import HELLO, NAMESPACE, Timed, moments, people
-from devcluster.bench.progress import say
 from devcluster.errors import DevclusterError
 from devcluster.stack import Stack
+from devcluster.trial.api import Api, now
+from devcluster.trial.costs import CPUS, Meter, Spent
+from devcluster.trial.numbers import Row, grown, latency_rows, net, percentile, rate
+from devcluster.trial.progress import say
 
 IDLE_SECONDS = 8.0
 

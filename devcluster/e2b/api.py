@@ -73,7 +73,6 @@ async def _create(request: web.Request) -> web.Response:
         sandbox = await asyncio.to_thread(host.create, template, seconds=asked.get("timeout", 300), **options)
     except Full as e:
         return refusal(429, str(e))
-    host.sandboxes[sandbox.id] = sandbox
     return web.json_response({**_listed(sandbox), "envdAccessToken": sandbox.token}, status=201)
 
 
@@ -151,10 +150,10 @@ async def _life(app: web.Application) -> AsyncIterator[None]:
 
 
 class Server:
-    """The application in a thread of its own, for tests: `with Server(app) as server: server.url`."""
+    """The application in a thread of its own, for tests: `with Server(app) as server: server.url`. Port 0 takes a free one."""
 
-    def __init__(self, app: web.Application) -> None:
-        self._app = app
+    def __init__(self, app: web.Application, *, port: int = 0) -> None:
+        self._app, self._port = app, port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="e2b-server", daemon=True)
         self.host, self.faults, self.creates = app[HOST], app[FAULTS], app[CREATES]
@@ -176,10 +175,14 @@ class Server:
         """From outside, as E2B may do at any time."""
         self._do(_end(self.host, sandbox_id))
 
+    def deaf(self) -> None:
+        """Takes no new connections from now on; another server may take the port."""
+        for site in list(self._runner.sites):
+            self._do(site.stop())
+
     async def _listen(self) -> str:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     def _do(self, work: Any) -> Any:

@@ -158,7 +158,7 @@ class Sandbox:
 
 
 class Host:
-    """All boxes. `templates` are by template id. Thread-safe where it blocks; the registry belongs to the event loop."""
+    """All boxes. `templates` are by template id. Thread-safe."""
 
     def __init__(
         self, root: Path, *, templates: Mapping[str, Template], limit: int = 20, cgroups: str = "sisu-kodo-e2b"
@@ -172,6 +172,7 @@ class Host:
         self._boxes.sweep(lambda name: self._cgroups.named(name).remove())
         self._lock = threading.Lock()
         self._taken = 0
+        self._closed = False
 
     def build(self, template: str) -> str:
         """The id of a template's build."""
@@ -208,7 +209,7 @@ class Host:
             grace=0.0,
         )
         now = time.time()
-        return Sandbox(
+        made = Sandbox(
             id=name,
             template=template,
             metadata=metadata,
@@ -220,9 +221,15 @@ class Host:
             made_from=self.templates[template],
             stack=stack,
         )
+        self.sandboxes[name] = made
+        if self._closed:  # meanwhile, and whoever asked for it has gone
+            self.sandboxes.pop(name, None)
+            made.kill()
+        return made
 
     def close(self) -> None:
-        """Kills every box; blocks."""
+        """Kills every box, also those that are being made; blocks."""
+        self._closed = True
         for sandbox in list(self.sandboxes.values()):
             sandbox.kill()
         self.sandboxes.clear()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from controller.core.model import Owner
 from controller.db.admission import PgAdmission
 from controller.db.lease import PgLeaseStore
 from controller.db.pool import Pool, open_pool
+from controller.sbx.limits import Cgroup
 from controller.sbx.mock import MockProvider
 from controller.workflows.recovery import Reaper
 from tests.support.builders import request
@@ -51,7 +53,7 @@ def pool(database: str) -> Iterator[Pool]:
 @pytest.fixture
 def journal(pool: Pool) -> Journal:
     made = Journal(pool)
-    made.leases.beat("alive", ttl=600)
+    made.leases.take("alive", ttl=600)
     return made
 
 
@@ -124,7 +126,7 @@ def test_no_more_per_second_however_many_workers_ask(journal: Journal) -> None:
 
 
 def test_the_sandboxes_of_a_dead_worker_do_not_count(journal: Journal) -> None:
-    journal.leases.beat("dies", ttl=1)
+    journal.leases.take("dies", ttl=1)
     journal.begin(1, executor="dies")
     journal.begin(2)
     gate = admission(journal.pool, concurrent=1)
@@ -234,3 +236,12 @@ def test_the_grace_period_begins_when_the_owner_is_gone(yard: Yard) -> None:
     assert yard.fences() == {1}
     yard.look(61)
     assert yard.fences() == set()
+
+
+def test_a_cgroup_that_stays_busy_for_a_while_is_removed_all_the_same(tmp_path: Path) -> None:
+    """As when a killed process takes a second to end; here something in it stands for that process."""
+    group, member = tmp_path / "group", tmp_path / "group" / "member"
+    member.mkdir(parents=True)
+    threading.Timer(1.0, member.rmdir).start()
+    Cgroup(directories=(group,), version=1).remove()
+    assert not group.exists()

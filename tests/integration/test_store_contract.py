@@ -108,7 +108,7 @@ class InPostgres:
         self.runs = PgRunStore(pool, app_version="v1")
         self.work = PgWorkStore(pool, app_version="v1", executor=EXECUTOR)
         self.leases = PgLeaseStore(pool, app_version="v1")
-        self.leases.beat(EXECUTOR, ttl=600)
+        self.leases.take(EXECUTOR, ttl=600)
         self.attempts: dict[str, list[tuple[str, Attempt]]] = {}
 
     @property
@@ -822,7 +822,7 @@ def test_without_a_live_lease_no_attempt_begins(pg: InPostgres) -> None:
     zombie = PgWorkStore(pg.pool, app_version="v1", executor="never-leased")
     found = zombie.begin_attempt(at_.run.run_id, at_.workflows[0])
     assert (found.fence, found.leased) == (None, False)
-    pg.leases.beat("was-leased", ttl=-1)
+    pg.leases.take("was-leased", ttl=-1)
     dead = PgWorkStore(pg.pool, app_version="v1", executor="was-leased")
     assert dead.begin_attempt(at_.run.run_id, at_.workflows[0]).fence is None
     assert at_.counts() == {"queued": 1} and at_.journal() == []
@@ -1086,6 +1086,14 @@ def test_a_retry_after_infrastructure_failed_also_runs_what_was_skipped_for_it(p
 # ------------------------------------------------------------------ PostgreSQL only: leases and repair
 
 
+def test_a_lease_that_ran_out_is_not_renewed(pg: InPostgres) -> None:
+    pg.leases.take("lives", ttl=60)
+    pg.leases.take("ran-out", ttl=-1)
+    assert [pg.leases.renew(name, ttl=60) for name in ("lives", "ran-out", "never-taken")] == [True, False, False]
+    pg.leases.release("lives")
+    assert not pg.leases.renew("lives", ttl=60)
+
+
 def test_one_sweeper_at_a_time_and_live_executors_are_left_alone(pg: InPostgres) -> None:
     run = started(pg)
     uid = run.intent_id
@@ -1097,7 +1105,7 @@ def test_one_sweeper_at_a_time_and_live_executors_are_left_alone(pg: InPostgres)
     pg.rows(claim, "dead-1", uid)
     pg.leases.sweep(found.extend)
     assert "dead-1" in found
-    pg.leases.beat("dead-1", ttl=60)
+    pg.leases.take("dead-1", ttl=60)
     found.clear()
     pg.leases.sweep(found.extend)
     assert "dead-1" not in found

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devcluster.bench.numbers import Row, counters, grown, latency_rows, net, percentile, rate, significant
+from devcluster.trial.numbers import Row, counters, grown, latency_rows, net, percentile, rate, significant
 
 VALUES = st.lists(st.floats(min_value=-1e6, max_value=1e6), min_size=1, max_size=50)
 

@@ -1,4 +1,4 @@
-"""What the bench says while it works, and its table at the end."""
+"""What a command says while it works, and the bench's table at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from devcluster.bench.numbers import Row
+from devcluster.trial.numbers import Row
 
 _BEGAN = time.monotonic()
 _out = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -16,7 +16,7 @@ COLORS = {"ok": "green", "short": "red", "": "default"}
 
 
 def elapsed() -> float:
-    """Seconds since the bench began."""
+    """Seconds since the command began."""
     return time.monotonic() - _BEGAN
 
 

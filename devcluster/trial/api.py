@@ -19,14 +19,15 @@ from typing import Any
 import aiohttp
 import yaml
 
-from devcluster.bench.numbers import counters
 from devcluster.errors import DevclusterError
+from devcluster.trial.numbers import counters
 
 RESOURCES = "/apis/sisukodo.dev/v1alpha1"
 APPROVE = [{"op": "add", "path": "/spec/decisions/-", "value": {"verdict": "Approve"}}]
 ENDED = frozenset(("Succeeded", "Failed", "RetriesExceeded", "Canceled", "Rejected", "Expired"))
 JSON_PATCH = "application/json-patch+json"
 LINE_BYTES = 1024 * 1024
+EVENT_BYTES = len('{"type":"MODIFIED","object":}\n')
 _EPOCH = time.time() - time.perf_counter()
 
 
@@ -133,6 +134,7 @@ class Phases:
         self._lasting = lasting
         self._seen: dict[str, list[Sight]] = {}
         self._changed: dict[str, asyncio.Event] = {}
+        self._bytes: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Phases:
@@ -180,6 +182,8 @@ class Phases:
                 if event["type"] == "ERROR":
                     return
                 if event["type"] in ("ADDED", "MODIFIED"):
+                    name = event["object"]["metadata"]["name"]
+                    self._bytes[name] = max(len(line) - EVENT_BYTES, self._bytes.get(name, 0))
                     self._saw(at, event["object"])
 
     def _saw(self, at: float, obj: Mapping[str, Any]) -> None:
@@ -203,6 +207,18 @@ class Phases:
             for phase in {sight.phase for sight in sights}
             if (at := self.first(name, phase)) is not None
         )
+
+    def largest(self, name: str) -> int:
+        """Bytes of JSON that this Intent had at its largest, of all versions that the watch has shown."""
+        return self._bytes.get(name, 0)
+
+    def ended(self, name: str) -> Sight | None:
+        """The latest sight of this Intent if it has ended. Raises what ended the watch."""
+        assert self._task is not None
+        if self._task.done():
+            self._task.result()
+        last = self._seen[name][-1] if name in self._seen else None
+        return last if last is not None and last.phase in ENDED else None
 
     def versions(self, name: str) -> int:
         """How many versions of this Intent the watch has shown."""

@@ -1,4 +1,4 @@
-"""What the bench does with what it measured: percentiles, rates, rows with goals. Pure; tests/unit/test_bench_math.py."""
+"""What is done with what was measured: percentiles, rates, rows with goals. Pure; tests/unit/test_bench_math.py."""
 
 from __future__ import annotations
 
