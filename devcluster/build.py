@@ -1,7 +1,8 @@
-"""Builds the two Go programs of the development cluster, once, and keeps them in the cache.
+"""Builds the Go programs of the development cluster, once, and keeps them in the cache.
 
-`kcp` is the whole control plane and kubectl in one file, `helm` renders our chart. Each lives in a folder
-named by the hash of its sources and flags, so a checkout always finds the binary that belongs to it.
+`kcp` is the whole control plane and kubectl in one file, `helm` renders our chart; `kubelet` and `pause` are made only
+when a node is wanted. Each lives in a folder named by the hash of its sources and flags, so a checkout always finds the
+binary that belongs to it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ HELM_VERSION = "3.22.0"
 
 @dataclass(frozen=True)
 class Program:
-    """A Go program: its folder here, the package to build, linker flags, and what it is to people."""
+    """A Go program: its module's folder here, the package to build, linker flags, and what it is to people."""
 
     name: str
+    module: str
     package: str
     ldflags: str
     what: str
@@ -38,8 +40,15 @@ class Program:
     smoke: tuple[str, ...] = ()
 
     @property
-    def sources(self) -> Path:
-        return HERE / self.name
+    def folder(self) -> Path:
+        """Where `go build` runs."""
+        return HERE / self.module
+
+    @property
+    def sources(self) -> list[Path]:
+        """The module's own files that the program is made of."""
+        own = self.folder / self.package if self.package.startswith(".") else self.folder
+        return sorted({self.folder / "go.mod", self.folder / "go.sum", *own.glob("*.go")}, key=lambda path: path.name)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -48,20 +57,33 @@ class Program:
 
 
 _VERSION = "k8s.io/component-base/version"
+_OF_KUBERNETES = (
+    f"-s -w -X {_VERSION}.gitVersion=v{KUBERNETES}"
+    f" -X {_VERSION}.gitMajor={KUBERNETES.split('.')[0]} -X {_VERSION}.gitMinor={KUBERNETES.split('.')[1]}"
+)
 KCP = Program(
     name="kcp",
+    module="kcp",
     package=".",
-    ldflags=(
-        f"-s -w -X {_VERSION}.gitVersion=v{KUBERNETES}"
-        f" -X {_VERSION}.gitMajor={KUBERNETES.split('.')[0]} -X {_VERSION}.gitMinor={KUBERNETES.split('.')[1]}"
-    ),
+    ldflags=_OF_KUBERNETES,
     what=f"Kubernetes {KUBERNETES} control plane",
     minutes=6,
     links=("kubectl",),
     smoke=("kubectl", "version", "--client"),
 )
+KUBELET = Program(
+    name="kubelet",
+    module="kcp",
+    package="./kubelet",
+    ldflags=_OF_KUBERNETES,
+    what=f"kubelet {KUBERNETES}",
+    minutes=1,
+    smoke=("--version",),
+)
+PAUSE = Program(name="pause", module="kcp", package="./pause", ldflags="-s -w", what="pause", minutes=0)
 HELM = Program(
     name="helm",
+    module="helm",
     package="helm.sh/helm/v3/cmd/helm",
     ldflags=f"-s -w -X helm.sh/helm/v3/internal/version.version=v{HELM_VERSION}",
     what=f"helm {HELM_VERSION}",
@@ -72,11 +94,10 @@ HELM = Program(
 
 def digest(program: Program) -> str:
     """sha256, in hexadecimal, of everything that decides what is built: sources, flags, kind of machine."""
-    sources = sorted(p for p in program.sources.iterdir() if p.name in ("go.mod", "go.sum") or p.suffix == ".go")
     whole = hashlib.sha256()
     for part in (program.package, *program.flags, platform.system(), platform.machine()):
         whole.update(part.encode() + b"\0")
-    for path in sources:
+    for path in program.sources:
         whole.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
     return whole.hexdigest()
 
@@ -127,9 +148,7 @@ def _run(command: list[str], program: Program, env: dict[str, str], log: Path, r
     """Runs the build, telling every few seconds how far it is."""
     started = time.monotonic()
     with log.open("w") as out:
-        child = subprocess.Popen(
-            command, cwd=program.sources, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
+        child = subprocess.Popen(command, cwd=program.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
             while True:
                 try:
@@ -152,6 +171,8 @@ def _doing(log: Path) -> str:
 
 
 def _check(program: Program, output: Path) -> None:
+    if not program.smoke:
+        return
     done = subprocess.run([output, *program.smoke], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DevclusterError(f"the built {program.name} does not run: {done.stderr.strip() or done.stdout.strip()}")

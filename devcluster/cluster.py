@@ -1,4 +1,4 @@
-"""A real control plane as three processes: etcd, kube-apiserver, kube-controller-manager.
+"""A real control plane as three processes: etcd, kube-apiserver, kube-controller-manager; for a node, kube-scheduler too.
 
 Everything it has lives in one state directory; ports are free ones of 127.0.0.1. Attached (tests), it ends with
 the process that started it; detached (`up`), it stays until `stop` is called by whoever has the directory.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import shutil
 import signal
 import ssl
@@ -20,12 +21,14 @@ from pathlib import Path
 from types import TracebackType
 
 from devcluster import build
-from devcluster.certs import Pki, ensure_pki
+from devcluster.certs import NodePki, Pki, ensure_node_pki, ensure_pki
 from devcluster.errors import DevclusterError
 from devcluster.identities import (
     CONTROLLER_MANAGER,
     IDENTITIES,
     NAMESPACE,
+    PROGRAMS,
+    SCHEDULER,
     SERVICE_ACCOUNT,
     ensure_tokens,
     write_kubeconfig,
@@ -35,10 +38,10 @@ from devcluster.processes import Child, PortLost, free_ports, spawn, wait_ready
 
 HERE = Path(__file__).parent
 READY_SECONDS = 90.0
-STOP_ORDER = ("kube-controller-manager", "kube-apiserver", "etcd")
+STOP_ORDER = ("kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd")
 STOP_STEPS = ((signal.SIGTERM, 5.0),)
 TOKEN_DURATION = "8760h"
-# What an operator meets in any cluster and what costs little. No Pods run here, so nothing that makes them.
+# What an operator meets in any cluster and what costs little. Without a node no Pods run, so nothing that makes them.
 CONTROLLERS = (
     "namespace-controller",
     "garbage-collector-controller",
@@ -48,16 +51,18 @@ CONTROLLERS = (
     "resourcequota-controller",
     "validatingadmissionpolicy-status-controller",
 )
+NODE_CONTROLLERS = ("node-lifecycle-controller", "taint-eviction-controller", "pod-garbage-collector-controller")
 
 
 class ControlPlane:
-    """One cluster in one directory."""
+    """One cluster in one directory. `node`: it schedules Pods, and speaks to the kubelet of `devcluster.node`."""
 
-    def __init__(self, state: Path, *, kcp: Path | None = None, detach: bool = False) -> None:
+    def __init__(self, state: Path, *, kcp: Path | None = None, detach: bool = False, node: bool = False) -> None:
         self.state = state.absolute()
         self.logs = self.state / "logs"
         self._kcp = kcp
         self._detach = detach
+        self.node = node
         self._record = self.state / "cluster.json"
         self._children: dict[str, Child] = {}
         self._port = 0
@@ -72,6 +77,10 @@ class ControlPlane:
         return self._kcp
 
     @property
+    def port(self) -> int:
+        return self._port
+
+    @property
     def server(self) -> str:
         return f"https://127.0.0.1:{self._port}"
 
@@ -82,14 +91,15 @@ class ControlPlane:
 
     @property
     def running(self) -> bool:
-        return len(self._children) == len(STOP_ORDER) and all(child.alive() for child in self._children.values())
+        programs = len(STOP_ORDER) - (0 if self.node else 1)
+        return len(self._children) == programs and all(child.alive() for child in self._children.values())
 
     def kubeconfig(self, name: str) -> Path:
         """Of `admin`, `alice`, `bob`, `carol` or `controller`."""
         return self.state / "kubeconfig" / name
 
     def kubeconfigs(self) -> dict[str, Path]:
-        names = [*(i.name for i in IDENTITIES if i is not CONTROLLER_MANAGER), "controller"]
+        names = [*(i.name for i in IDENTITIES if i not in PROGRAMS), "controller"]
         return {name: self.kubeconfig(name) for name in names}
 
     def __enter__(self) -> ControlPlane:
@@ -156,7 +166,8 @@ class ControlPlane:
         # The port of the last time, so that kubeconfigs people have open stay right.
         self._port = self._port or fresh_port
         self._start_etcd(pki, client_port, peer_port)
-        self._start_apiserver(pki, tokens["admin"], client_port)
+        node = ensure_node_pki(self.state / "pki", now=dt.datetime.now(dt.UTC)) if self.node else None
+        self._start_apiserver(pki, tokens["admin"], client_port, node)
         for identity in IDENTITIES:
             write_kubeconfig(
                 self.kubeconfig(identity.name),
@@ -166,6 +177,8 @@ class ControlPlane:
                 token=tokens[identity.name],
             )
         self._start_controller_manager(pki)
+        if self.node:
+            self._spawn("kube-scheduler", _of_a_program(self.kubeconfig(SCHEDULER.name)))
         self._make_controller_identity(pki)
 
     def _start_etcd(self, pki: Pki, client_port: int, peer_port: int) -> None:
@@ -193,7 +206,7 @@ class ControlPlane:
         context.load_cert_chain(pki.etcd_cert, pki.etcd_key)
         wait_ready(child, lambda: _ok(f"{client}/health", context), log=self._log("etcd"), timeout=READY_SECONDS)
 
-    def _start_apiserver(self, pki: Pki, token: str, etcd_port: int) -> None:
+    def _start_apiserver(self, pki: Pki, token: str, etcd_port: int, node: NodePki | None) -> None:
         flags = [
             f"--etcd-servers=https://127.0.0.1:{etcd_port}",
             f"--etcd-cafile={pki.ca}",
@@ -205,7 +218,7 @@ class ControlPlane:
             f"--tls-cert-file={pki.apiserver_cert}",
             f"--tls-private-key-file={pki.apiserver_key}",
             f"--token-auth-file={self.state / 'pki' / 'tokens.csv'}",
-            "--authorization-mode=RBAC",
+            f"--authorization-mode={'Node,RBAC' if node else 'RBAC'}",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={pki.service_account_key}",
             f"--service-account-signing-key-file={pki.service_account_key}",
@@ -216,6 +229,14 @@ class ControlPlane:
             f"--audit-policy-file={HERE / 'audit.yaml'}",
             f"--audit-log-path={self.logs / 'audit.log'}",
         ]
+        if node is not None:
+            flags += [
+                "--enable-admission-plugins=NodeRestriction",
+                "--kubelet-preferred-address-types=InternalIP",
+                f"--kubelet-certificate-authority={node.ca}",
+                f"--kubelet-client-certificate={node.client_cert}",
+                f"--kubelet-client-key={node.client_key}",
+            ]
         child = self._spawn("kube-apiserver", flags)
         context = ssl.create_default_context(cafile=str(pki.ca))
         wait_ready(
@@ -226,17 +247,12 @@ class ControlPlane:
         )
 
     def _start_controller_manager(self, pki: Pki) -> None:
-        kubeconfig = self.kubeconfig(CONTROLLER_MANAGER.name)
+        controllers = (*CONTROLLERS, *(NODE_CONTROLLERS if self.node else ()))
         flags = [
-            f"--kubeconfig={kubeconfig}",
-            f"--authentication-kubeconfig={kubeconfig}",
-            f"--authorization-kubeconfig={kubeconfig}",
+            *_of_a_program(self.kubeconfig(CONTROLLER_MANAGER.name)),
             f"--root-ca-file={pki.ca}",
-            f"--controllers={','.join(CONTROLLERS)}",
+            f"--controllers={','.join(controllers)}",
             "--use-service-account-credentials",
-            "--leader-elect=false",
-            "--secure-port=0",
-            "--profiling=false",
         ]
         self._spawn("kube-controller-manager", flags)
 
@@ -262,7 +278,9 @@ class ControlPlane:
     def _spawn(self, name: str, flags: Sequence[str]) -> Child:
         log = self._log(name)
         log.unlink(missing_ok=True)
-        child = spawn(name, [self.kcp, name, *flags], log=log, detach=self._detach, cwd=self.state)
+        # No proxy of the environment between us, a node and our own loopback.
+        env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        child = spawn(name, [self.kcp, name, *flags], log=log, detach=self._detach, cwd=self.state, env=env)
         self._children[name] = child
         self._save()
         return child
@@ -271,13 +289,26 @@ class ControlPlane:
         return self.logs / f"{name}.log"
 
     def _save(self) -> None:
-        record = {"port": self._port, "processes": [child.record() for child in self._children.values()]}
+        record = {
+            "port": self._port,
+            "node": self.node,
+            "processes": [child.record() for child in self._children.values()],
+        }
         write_private(self._record, json.dumps(record))
 
     def _load(self) -> None:
         record = json.loads(self._record.read_text())
         self._port = record["port"]
         self._children = {child["name"]: Child.from_record(child) for child in record["processes"]}
+        if any(child.alive() for child in self._children.values()):
+            self.node = record.get("node", False)  # as it runs, whatever was asked for now
+
+
+def _of_a_program(kubeconfig: Path) -> list[str]:
+    """Flags of a control loop that is alone and listens nowhere."""
+    kinds = ("kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig")
+    named = [f"--{kind}={kubeconfig}" for kind in kinds]
+    return [*named, "--leader-elect=false", "--secure-port=0", "--profiling=false"]
 
 
 def _ok(url: str, context: ssl.SSLContext, token: str = "") -> bool:

@@ -28,21 +28,30 @@ class Identity:
 
 
 CONTROLLER_MANAGER = Identity("controller-manager", "system:kube-controller-manager", ())
+SCHEDULER = Identity("scheduler", "system:kube-scheduler", ())
+NODE_NAME = "node1"
+NODE = Identity("node", f"system:node:{NODE_NAME}", ("system:nodes",))
 IDENTITIES = (
     Identity("admin", "admin@corp", ("system:masters",)),
     Identity("alice", "alice@corp", ("sisukodo:approvers", PEOPLE_GROUP)),
     Identity("bob", "bob@corp", ("sisukodo:editors", PEOPLE_GROUP)),
     Identity("carol", "carol@corp", ("sisukodo:authors", PEOPLE_GROUP)),
     CONTROLLER_MANAGER,
+    SCHEDULER,
+    NODE,
 )
+PROGRAMS = (CONTROLLER_MANAGER, SCHEDULER, NODE)
 
 
 def ensure_tokens(path: Path) -> dict[str, str]:
-    """Tokens by identity name, random, from the API server's token file at `path`, which is made when absent."""
-    if not path.exists():
-        lines = [f'{secrets.token_hex(24)},{i.user},{i.name},"{",".join(i.groups)}"' for i in IDENTITIES]
+    """Tokens by identity name, random, from the API server's token file at `path`; whoever is not in it is added."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = {line.split(",")[2] for line in lines}
+    fresh = [i for i in IDENTITIES if i.name not in known]
+    if fresh:
+        lines += [f'{secrets.token_hex(24)},{i.user},{i.name},"{",".join(i.groups)}"' for i in fresh]
         write_private(path, "\n".join(lines) + "\n")
-    rows = (line.split(",") for line in path.read_text().splitlines())
+    rows = (line.split(",") for line in lines)
     return {row[2]: row[0] for row in rows}
 
 
