@@ -149,7 +149,7 @@ class KubernetesProvider:
         with self._runs.timed("command"):
             verdict = await task.command()
         run.cpu_ms, run.mem_peak_mb = task.facts.cpu_ms, task.facts.mem_peak_mb
-        if verdict.code not in COLLECTED or run.killed:
+        if verdict.code not in COLLECTED or run.killed or not task.alive:
             return verdict, []
         with self._runs.timed("collect"):
             found, trouble = await task.collect()

@@ -69,6 +69,7 @@ class PodTask:
     note: Callable[[str], None]
     log_start: Callable[[], None]
     facts: Facts = Facts()
+    alive: bool = True  # whether its outputs can be fetched
 
     async def upload(self, files: Mapping[str, bytes]) -> Verdict | None:
         """What the request brings, and whether the working directory is in it."""
@@ -113,15 +114,15 @@ class PodTask:
         """See remote.Shell."""
         return kubernetes_errors.of_phase(error, otherwise=otherwise)
 
-    async def end(self) -> Verdict | None:
-        """How the Pod ended, if it did; it may take a moment until it says so."""
-        deadline = time.monotonic() + self.bounds.grace
-        while True:
-            pod = await self.api.get(self.pod)
-            verdict = _gone() if pod is None else kubernetes_errors.of_pod(pod, self.request.limits)
-            if verdict is not None or time.monotonic() > deadline:
-                return verdict
-            await asyncio.sleep(LOOK)
+    async def _end(self) -> Verdict | None:
+        """How the Pod ended, if it did."""
+        pod = await within(self.bounds.probe, self.api.get(self.pod), "look at the Pod")
+        if pod is None:
+            verdict: Verdict | None = Verdict(code=ErrCode.LOST, note="the Pod is gone")
+        else:
+            verdict = kubernetes_errors.of_pod(pod, self.request.limits)
+        self.alive = verdict is None
+        return verdict
 
     async def _exec(self, text: str, *, stdin: bytes, room: int) -> Said:
         """One short command of ours."""
@@ -147,14 +148,13 @@ class PodTask:
             if left <= self.bounds.probe:
                 return await self._time_out(running)
             try:
-                pod = await within(self.bounds.probe, self.api.get(self.pod), "look at the Pod")
+                verdict = await self._end()
             except Exception as e:  # noqa: BLE001 - whatever it is, that is the answer
                 misses += 1
                 if misses >= MISSES:
                     return self.blame(e, otherwise=ErrCode.NET_FAIL)
                 continue
             misses = 0
-            verdict = _gone() if pod is None else kubernetes_errors.of_pod(pod, self.request.limits)
             if verdict is not None:
                 return verdict
 
@@ -179,20 +179,25 @@ class PodTask:
         return Verdict(code=ErrCode.CMD_NONZERO, exit=code)
 
     async def _explained(self, error: Exception) -> Verdict:
-        try:
-            verdict = await self.end()
-        except Exception as e:  # noqa: BLE001 - translated, whatever it is
-            return self.blame(e, otherwise=ErrCode.NET_FAIL)
-        return verdict or self.blame(error, otherwise=ErrCode.NET_FAIL)
+        """The Pod may take a moment until it says why it ended."""
+        deadline = time.monotonic() + self.bounds.grace
+        while True:
+            try:
+                verdict = await self._end()
+            except Exception as e:  # noqa: BLE001 - translated, whatever it is
+                return self.blame(e, otherwise=ErrCode.NET_FAIL)
+            if verdict is not None or time.monotonic() > deadline:
+                return verdict or self.blame(error, otherwise=ErrCode.NET_FAIL)
+            await asyncio.sleep(LOOK)
 
     async def _time_out(self, running: asyncio.Future[int]) -> Verdict:
-        """TIMEOUT only when the Pod says that it still runs: else the command may have ended in time, unheard."""
+        """TIMEOUT only when something of the task still ran: else the command may have ended in time, unheard."""
         try:
-            pod = await self.api.get(self.pod)
-            verdict = _gone() if pod is None else kubernetes_errors.of_pod(pod, self.request.limits)
-            if verdict is not None:
+            if verdict := await self._end():
                 return verdict
-            await within(self.bounds.grace, self._exec("kill -KILL -1; true", stdin=b"", room=0), "time limit")
+            killed = await within(self.bounds.grace, self._exec("kill -KILL -1", stdin=b"", room=0), "time limit")
+            if killed.exit != 0:
+                return Verdict(code=ErrCode.NET_FAIL, note="the command ended, but its end did not reach us")
         except ExecFailed as e:  # a container that can start nothing any more: it is deleted with all that is in it
             self.note(f"the command could not be killed: {e}")
         except Exception as e:  # noqa: BLE001 - whatever it is, that is the answer
@@ -227,7 +232,3 @@ def _numbers(text: str) -> Iterator[tuple[str, int]]:
         name, _, value = line.rpartition(" ")
         if value.isdecimal():
             yield name, int(value)
-
-
-def _gone() -> Verdict:
-    return Verdict(code=ErrCode.LOST, note="the Pod is gone")

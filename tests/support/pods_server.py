@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class PodsServer:
         self._host = Host(root / "state", templates={"base": templates.base()}, cgroups=cgroups)
         self._boxes: dict[str, Sandbox] = {}
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(64))  # a command takes one while it runs
         self._thread = threading.Thread(target=self._loop.run_forever, name="pods-server", daemon=True)
 
     def __enter__(self) -> PodsServer:
@@ -96,6 +98,8 @@ class PodsServer:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             self._do(self._runner.cleanup())
+        for box in self._boxes.values():
+            box.kill()
         self._host.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
@@ -181,7 +185,11 @@ class PodsServer:
             await asyncio.sleep(self.boot)
         if self.pods.get(name) is not pod:
             return
-        self._boxes[name] = await asyncio.to_thread(self._host.create, "base", metadata={}, envs={}, seconds=FOREVER)
+        box = await asyncio.to_thread(self._host.create, "base", metadata={}, envs={}, seconds=FOREVER)
+        if self.pods.get(name) is not pod:
+            await asyncio.to_thread(box.kill)
+            return
+        self._boxes[name] = box
         running = {"name": "task", "imageID": self.image_id, "state": {"running": {"startedAt": "now"}}}
         pod["status"] = {"phase": "Running", "containerStatuses": [running]}
 
@@ -221,7 +229,7 @@ class PodsServer:
         socket = web.WebSocketResponse(protocols=("v5.channel.k8s.io",), autoping=True)
         await socket.prepare(request)
         argv = request.query.getall("command")
-        size = re.search(r"head -c (\d+)", argv[-1])
+        size = re.match(r'(?:eval "\$\()?head -c (\d+)', argv[-1])
         stdin = bytearray()
         while len(stdin) < int(size[1] if size else 0):
             stdin += (await socket.receive_bytes())[1:]
