@@ -34,7 +34,8 @@ class Bounds:
     tool: float = 120.0  # one command of ours in the Pod, uploads and downloads included
     probe: float = 5.0  # between two looks at the Pod while the task's command runs
     busy: float = 60.0  # how long 429, 503, a used-up quota and a create without an answer are waited out
-    grace: float = 5.0  # from SIGTERM to SIGKILL at the time limit, and for a Pod to say why it ended
+    grace: float = 5.0  # from SIGTERM to SIGKILL at the time limit
+    reason: float = 10.0  # for a Pod to say why it ended
     gone: float = 30.0  # for a deleted Pod to be gone, before it is deleted by force
     sweeps: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 60.0)  # looks for a Pod whose creation was not answered
 

@@ -30,8 +30,9 @@ LATE = 2.0  # seconds that our own time limit leaves the Pod's
 TIMED_OUT = (124, 137, 143)  # what `timeout` exits with, by its make and by the signal that worked
 # A script on stdin and not in the URL, which is logged by API servers and cut by proxies.
 READ_SCRIPT = 'eval "$(head -c {size})"'
+# First what the command left running dies, should it have killed the shell that does it.
 FACTS = (
-    "cd /sys/fs/cgroup || exit 0; for f in memory.events memory.peak cpu.stat memory/memory.oom_control"
+    "kill -KILL -1 2> /dev/null; cd /sys/fs/cgroup || exit 0; for f in memory.events memory.peak cpu.stat memory/memory.oom_control"
     " memory/memory.max_usage_in_bytes cpuacct/cpuacct.usage cpu,cpuacct/cpuacct.usage;"
     ' do if [ -r "$f" ]; then while read -r line; do echo "$f $line"; done < "$f"; fi; done'
 )
@@ -180,7 +181,7 @@ class PodTask:
 
     async def _explained(self, error: Exception) -> Verdict:
         """The Pod may take a moment until it says why it ended."""
-        deadline = time.monotonic() + self.bounds.grace
+        deadline = time.monotonic() + self.bounds.reason
         while True:
             try:
                 verdict = await self._end()

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 
 from controller.core.contract import ErrCode, Limits
+from controller.sbx.kubernetes_pod import STOPPED
 from controller.sbx.loop import Silent
 from controller.sbx.task import Verdict
 
@@ -95,16 +96,16 @@ def of_pod(pod: Object, limits: Limits) -> Verdict | None:
     status = pod.get("status") or {}
     if "deletionTimestamp" in pod["metadata"]:
         return Verdict(code=ErrCode.LOST, note=f"the Pod was deleted{_disruption(status)}")
+    if status.get("phase") not in ("Failed", "Succeeded"):
+        return None  # a container may have ended by now; the phase comes later, and with it the reason
     ended = next((one["state"]["terminated"] for one in _containers(status) if "terminated" in one["state"]), None)
-    if ended is None and status.get("phase") not in ("Failed", "Succeeded"):
-        return None
     reason = str(status.get("reason") or "")
     # A node under pressure marks whom it evicts; who went over a limit of its own is not marked.
     if reason == "Evicted" and not _disruption(status):
         return Verdict(code=ErrCode.CMD_NONZERO, note=f"killed: more than {limits.disk_mb} MiB on disk")
     if ended is not None and ended.get("reason") == "OOMKilled":
         return Verdict(code=ErrCode.OOM, note=f"out of memory: more than {limits.memory_mb} MiB")
-    if ended is not None and not reason and not _disruption(status) and ended.get("exitCode") == 0:
+    if ended is not None and not reason and not _disruption(status) and ended.get("exitCode") == STOPPED:
         return Verdict(code=ErrCode.CMD_NONZERO, note="the command ended its own sandbox")
     said = reason or str((ended or {}).get("reason") or status.get("phase"))
     return Verdict(code=ErrCode.LOST, note=f"the Pod ended: {said}: {_cut(status.get('message'))}{_disruption(status)}")

@@ -29,9 +29,11 @@ LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 DIGEST = re.compile(r"@(sha256:[0-9a-f]{64})$")
 NODE_GONE_SECONDS = 30  # how long a Pod stays bound to a node that does not answer; Kubernetes' default is 300
 # Waits without a child: a task may kill whatever its uid may kill, and a fork may fail in the midst of a fork bomb. SIGCHLD is
-# ignored, so that the kernel buries what a task orphans; SIGTERM is not, so that a deleted Pod ends at once.
+# ignored, so that the kernel buries what a task orphans; SIGTERM is not, so that a deleted Pod ends at once. Not by exit 0: the
+# kubelet keeps the reason of an eviction or a deadline only where the Pod's phase becomes Failed.
+STOPPED = 143
 WAIT = (
-    "trap '' CHLD; trap 'exit 0' TERM; mkfifo /tmp/.wait && exec <> /tmp/.wait && rm /tmp/.wait || exit 1;"
+    f"trap '' CHLD; trap 'exit {STOPPED}' TERM; mkfifo /tmp/.wait && exec <> /tmp/.wait && rm /tmp/.wait || exit 1;"
     " while :; do read -r _; done"
 )
 VOLUMES = {"workspace": WORKSPACE, "output": OUTPUT, "tmp": "/tmp", "home": HOME}

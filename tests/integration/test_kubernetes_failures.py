@@ -35,7 +35,7 @@ from tests.integration.test_sandbox_contract import (
 )
 from tests.support.pods_server import IMAGE, NAMESPACE, PodsServer
 
-BOUNDS = Bounds(api=1.5, tool=5.0, probe=0.4, busy=4.0, grace=0.8, gone=1.0, sweeps=(0.3, 0.5, 1.0, 2.0))
+BOUNDS = Bounds(api=1.5, tool=5.0, probe=0.4, busy=4.0, grace=0.8, reason=0.8, gone=1.0, sweeps=(0.3, 0.5, 1.0, 2.0))
 PODS = PodSettings(namespace=NAMESPACE, boot=2.0)
 MANY = 10**6
 SLACK = 5.0  # seconds that a loaded machine may add
@@ -96,6 +96,14 @@ def test_a_task_from_upload_to_artifacts(both: tuple[Kit, PodsServer]) -> None:
     assert server.pods == {}, "gone before the outcome is told"
     (asked,) = server.creates
     assert asked["spec"]["activeDeadlineSeconds"] == 20 + PODS.boot + MARGIN
+
+
+def test_neither_command_nor_environment_is_in_a_url(both: tuple[Kit, PodsServer]) -> None:
+    """An API server writes URLs into its audit log, and proxies cut them."""
+    kit, server = both
+    marker = "s3cr3t-for-the-audit-log"
+    assert kit.run(f"echo {marker} $TOKEN", env={"TOKEN": marker}).res.stdout == f"{marker} {marker}\n"
+    assert server.urls and not [url for url in server.urls if marker in url]
 
 
 def test_all_pages_are_read(both: tuple[Kit, PodsServer]) -> None:
@@ -321,7 +329,7 @@ PRESSURE = {"type": "DisruptionTarget", "status": "True", "reason": "Termination
         ({"reason": "Evicted", "condition": PRESSURE}, ErrCode.LOST, "TerminationByKubelet: low on memory"),
         ({"container": {"reason": "OOMKilled"}}, ErrCode.OOM, "out of memory: more than 512 MiB"),
         ({"reason": "DeadlineExceeded"}, ErrCode.LOST, "DeadlineExceeded"),
-        ({"container": {"exitCode": 0, "reason": "Completed"}}, ErrCode.CMD_NONZERO, "ended its own sandbox"),
+        ({"container": {"exitCode": 143}}, ErrCode.CMD_NONZERO, "ended its own sandbox"),
         ({"container": {"exitCode": 137, "reason": "Error"}}, ErrCode.LOST, "the Pod ended: Error"),
     ],
     ids=["disk", "pressure", "oom", "deadline", "itself", "killed"],

@@ -63,6 +63,7 @@ class PodsServer:
         self.kubeconfig = root / "kubeconfig"
         self.plan: list[Fault] = []
         self.seen: list[str] = []
+        self.urls: list[str] = []
         self.creates: list[Pod] = []
         self.pods: dict[str, Pod] = {}
         self.policies = {name: dict(one) for name, one in kubernetes_policies.shipped().items()}
@@ -153,6 +154,7 @@ class PodsServer:
     async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
         operation = str(request.match_info.route.name)
         self.seen.append(operation)
+        self.urls.append(str(request.url))
         fault = self._fault(operation)
         answer: web.StreamResponse | None = None
         if fault is None:
