@@ -50,8 +50,8 @@ bench-load: setup ## measure 10,000 waiting Intents, 1,000 at once, and restarts
 	@$(RUN) python -m devcluster.bench load
 
 .PHONY: up
-up: setup ## a development cluster, PostgreSQL and the controller, in the background; CONTROLLER=0 leaves the controller out
-	@$(RUN) python -m devcluster up $(if $(filter 0,$(CONTROLLER)),--no-controller)
+up: setup ## a development cluster, PostgreSQL and the controller, in the background; CONTROLLER=0 leaves the controller out, NODE=1 adds a real node (root)
+	@$(RUN) python -m devcluster up $(if $(filter 0,$(CONTROLLER)),--no-controller) $(if $(filter 1,$(NODE)),--node)
 
 .PHONY: down
 down: ## stop exactly what `make up` started; WIPE=1 removes its data, too

@@ -25,6 +25,7 @@ from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.identities import write_private
 from devcluster.install import CHART
+from devcluster.node import Node, missing
 from devcluster.postgres import Postgres
 from devcluster.processes import Child
 from devcluster.sandbox_python import toolchain
@@ -62,13 +63,14 @@ def up(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One value for the chart; may repeat.")
     ] = None,
     fsync: Annotated[bool, typer.Option(help="Let PostgreSQL wait for the disk.")] = True,
+    node: Annotated[bool, typer.Option("--node", help="A real node that runs Pods, too; needs root.")] = False,
 ) -> None:
     """Start everything in the background and print the kubeconfigs. What already runs is left alone."""
     home = _home(state)
     with _plain_errors(), locked(home / "lock"):
         ocdaemon.mode(os.environ)
-        stack = _stack(home, fsync=fsync, sets=tuple(sets or ()))
-        _start("control plane", stack.cluster)
+        stack = _stack(home, fsync=fsync, sets=tuple(sets or ()), node=node)
+        _start_cluster(stack)
         if stack.database_url:
             say("PostgreSQL: DATABASE_URL is set, so yours is used")
             stack.database = stack.database_url
@@ -82,7 +84,7 @@ def up(
         _write_env(home, stack.cluster, stack.database)
         if chart and controller:
             _start_controller(stack, home)
-        _show(home, stack.cluster)
+        _show(home, stack.cluster, stack.machine)
 
 
 @app.command()
@@ -97,10 +99,11 @@ def down(
         return
     with _plain_errors(), locked(home / "lock"):
         cluster, postgres, running = ControlPlane(home), Postgres(home), _running(home)
-        daemon = ocdaemon.running(home)
+        machine, daemon = Node(cluster), ocdaemon.running(home)
         alive = ["controller"] if running is not None else []
         alive += ["opencode"] if daemon is not None else []
-        alive += [child.name for child in cluster.children.values() if child.alive()]
+        parts = (*machine.children.values(), *cluster.children.values())
+        alive += [child.name for child in parts if child.alive()]
         alive += ["postgres"] if postgres.running else []
         if running is not None:
             running.stop()
@@ -108,6 +111,7 @@ def down(
             daemon.stop()
         for record in (RECORD, ocdaemon.RECORD):
             (home / record).unlink(missing_ok=True)
+        machine.stop()
         cluster.stop()
         postgres.stop()
         say(f"stopped {', '.join(alive)}" if alive else f"nothing was running in {home}")
@@ -179,9 +183,10 @@ def status(state: State = None) -> None:
     """Say what runs, and where its kubeconfigs are. Exit code 1 when the control plane does not run."""
     home = _home(state)
     cluster, postgres = ControlPlane(home), Postgres(home)
-    running, daemon = _running(home), ocdaemon.running(home)
+    machine, running, daemon = Node(cluster), _running(home), ocdaemon.running(home)
     parts = [
         *cluster.children.values(),
+        *machine.children.values(),
         *([postgres.child] if postgres.child else []),
         *([running.child] if running else []),
         *([daemon.child] if daemon else []),
@@ -191,15 +196,16 @@ def status(state: State = None) -> None:
     if not cluster.running:
         print(f"no control plane runs in {home}; start one with `python -m devcluster up`")
         raise typer.Exit(1)
-    _show(home, cluster)
+    _show(home, cluster, machine)
 
 
 def _home(state: Path | None) -> Path:
     return (state or cache_dir() / "dev").expanduser().absolute()
 
 
-def _stack(home: Path, *, fsync: bool = True, sets: tuple[str, ...] = ()) -> Stack:
-    return Stack(home, detach=True, fsync=fsync, sets=sets, database_url=os.environ.get("DATABASE_URL", ""))
+def _stack(home: Path, *, fsync: bool = True, sets: tuple[str, ...] = (), node: bool = False) -> Stack:
+    url = os.environ.get("DATABASE_URL", "")
+    return Stack(home, detach=True, fsync=fsync, sets=sets, database_url=url, node=node)
 
 
 def _running(home: Path) -> Controller | None:
@@ -249,7 +255,17 @@ def _opencode(home: Path) -> dict[str, str]:
     return {**settings, **(daemon.settings if daemon else {}), **given}
 
 
-def _start(what: str, part: ControlPlane | Postgres) -> None:
+def _start_cluster(stack: Stack) -> None:
+    if stack.node and (reason := missing()):
+        raise DevclusterError(reason)
+    _start("control plane", stack.cluster)
+    if stack.node and not stack.cluster.node:
+        raise DevclusterError("the control plane runs without a node; `make down` ends it, and its data stays")
+    if stack.node:
+        _start("node", stack.machine)
+
+
+def _start(what: str, part: ControlPlane | Node | Postgres) -> None:
     if part.running:
         say(f"{what}: already running")
         return
@@ -265,12 +281,14 @@ def _write_env(home: Path, cluster: ControlPlane, database: str) -> None:
     write_private(home / "env", "".join(f"{key}={shlex.quote(value)}\n" for key, value in facts.items()))
 
 
-def _show(home: Path, cluster: ControlPlane) -> None:
+def _show(home: Path, cluster: ControlPlane, machine: Node) -> None:
     print(f"server      {cluster.server}")
     for name, path in cluster.kubeconfigs().items():
         print(f"{name:<11} {path}")
     print(f"kubectl     {cluster.kcp.with_name('kubectl')}")
     print(f"env         {home / 'env'}")
+    if machine.running:
+        print(f"image       {machine.images.reference('python')}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Everything that the product runs on, plus the product: control plane, PostgreSQL, chart, people, migrations, git server, controller.
+"""Everything that the product runs on, plus the product: control plane, a node if wanted, PostgreSQL, chart, people, controller.
 
 Tests, the demo and the bench use it as children that end with them; `make up` detaches it. One state directory holds it all.
 """
@@ -27,6 +27,7 @@ from devcluster.cache import open_to_all
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.install import apply_chart, apply_people
+from devcluster.node import Node
 from devcluster.postgres import Postgres
 from devcluster.processes import Child, spawn, tail
 from devcluster.sandbox_python import toolchain
@@ -82,7 +83,10 @@ class Controller:
 
 @dataclass
 class Stack:
-    """`with Stack(state) as stack:`. `policy` replaces the chart's namespace policy, `database_url` our own PostgreSQL."""
+    """`with Stack(state) as stack:`. `policy` replaces the chart's namespace policy, `database_url` our own PostgreSQL.
+
+    With `node`, `machine` is a real node that runs Pods; that needs root.
+    """
 
     state: Path
     detach: bool = False
@@ -90,13 +94,16 @@ class Stack:
     policy: Mapping[str, object] | None = None
     sets: tuple[str, ...] = ()
     database_url: str = ""
+    node: bool = False
     cluster: ControlPlane = field(init=False)
+    machine: Node = field(init=False)
     postgres: Postgres | None = field(init=False, default=None)
     database: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self.state.mkdir(parents=True, exist_ok=True)
-        self.cluster = ControlPlane(self.state, detach=self.detach)
+        self.cluster = ControlPlane(self.state, detach=self.detach, node=self.node)
+        self.machine = Node(self.cluster, detach=self.detach)
 
     def __enter__(self) -> Stack:
         try:
@@ -115,6 +122,8 @@ class Stack:
         """Bring up everything but the controller."""
         if not self.cluster.running:
             self.cluster.start()
+        if self.node:
+            self.machine.start()
         self.database = self.database_url
         if not self.database:
             self.postgres = Postgres(self.state, fsync=self.fsync, detach=self.detach)
@@ -141,6 +150,7 @@ class Stack:
 
     def wipe(self) -> None:
         """Remove everything that a stopped stack has left in its directory."""
+        self.machine.wipe()
         self.cluster.wipe()
         if self.postgres is not None:
             self.postgres.wipe()
@@ -153,9 +163,12 @@ class Stack:
 
     def stop(self) -> None:
         """End it all; nothing is left running."""
-        self.cluster.stop()
-        if self.postgres is not None:
-            self.postgres.stop()
+        try:
+            self.machine.stop()
+        finally:
+            self.cluster.stop()
+            if self.postgres is not None:
+                self.postgres.stop()
 
     def kubectl(
         self, *args: str, user: str = "admin", stdin: str | None = None, check: bool = True

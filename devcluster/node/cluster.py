@@ -39,8 +39,10 @@ class NodeCluster:
 
     def stop(self) -> None:
         """Ends it all; nothing is left running, and the host is as it was. The state stays."""
-        self.node.stop()
-        self.control_plane.stop()
+        try:
+            self.node.stop()
+        finally:
+            self.control_plane.stop()
 
     def wipe(self) -> None:
         """Removes everything a stopped cluster has left in its directory."""

@@ -23,7 +23,9 @@ from devcluster.processes import Child
 
 CGROUPS = Path("/sys/fs/cgroup")
 LINKS = Path("/sys/class/net")
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PREFIX = "sisu-node-"
+RECORD = "keeper.json"  # in the node's directory: pid of its first process, name on the host, address
 # Set aside for measurements between networks (RFC 2544), so nobody's own network has it.
 POOL = ipaddress.IPv4Network("198.18.0.0/15")
 NUMBERS = 2 ** (30 - POOL.prefixlen)

@@ -21,12 +21,12 @@ from devcluster import build
 from devcluster.cache import Report, cache_dir, locked, say
 from devcluster.node.packages import Packages, in_tree, unpack
 
-LAYOUT = "1"  # raise it when this package arranges trees or archives differently
+LAYOUT = "2"  # raise it when this package arranges trees or archives differently
 PREFIX = "localhost/sisu-kodo"
 PLATFORM = {"os": "linux", "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "unknown")}
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMMON = ("base-files", "base-passwd", "bash", "coreutils", "dash", "libc-bin", "util-linux")
-MACHINE = (*COMMON, "mount", "iproute2", "runc", "containerd", "containernetworking-plugins")
+MACHINE = (*COMMON, "mount", "iproute2", "nftables", "runc", "containerd", "containernetworking-plugins")
 PYTHON = (
     *(*COMMON, "findutils", "grep", "sed", "tar", "gzip", "diffutils", "patch", "procps", "git"),
     *("python3", "python3-pytest"),

@@ -20,13 +20,10 @@ from pathlib import Path
 
 from devcluster.errors import DevclusterError
 from devcluster.identities import write_private
-from devcluster.node.host import Ground, claim
+from devcluster.node.host import RECORD, SYSTEM_PATH, Ground, claim
 from devcluster.processes import Child, spawn, tail, this_process
 
 SCRIPT = Path(__file__).with_name("namespace.sh")
-PYTHON = sys.executable
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RECORD = "keeper.json"
 SETUP_SECONDS = 30.0
 _CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)

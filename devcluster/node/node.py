@@ -11,6 +11,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 from devcluster import build
@@ -18,8 +20,8 @@ from devcluster.certs import ensure_node_pki, issue_kubelet
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.identities import NODE, NODE_NAME, write_private
-from devcluster.node import images, keeper, settings
-from devcluster.node.host import CGROUPS, sweep
+from devcluster.node import images, settings
+from devcluster.node.host import CGROUPS, RECORD, SYSTEM_PATH, sweep
 from devcluster.node.packages import TOOLS
 from devcluster.processes import Child, spawn, wait_ready
 
@@ -73,12 +75,8 @@ class Node:
 
     def pids(self) -> dict[str, int]:
         """Of what lives inside, as the host sees it: `first` (its end ends the node), `containerd`, `kubelet`."""
-        found = {"first": self._first()}
-        for name in ("containerd", "kubelet"):
-            child = self._children[name]
-            inner = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-            found |= {name: int(inner[0])} if inner else {}
-        return found
+        found = {"first": self._first(), "containerd": self._inner("containerd"), "kubelet": self._inner("kubelet")}
+        return {name: pid for name, pid in found.items() if pid is not None}
 
     def start(self) -> None:
         """Returns when the node is Ready and the images are there. Does nothing when it already runs."""
@@ -120,7 +118,14 @@ class Node:
 
     def kill_kubelet(self) -> None:
         """SIGKILL. Pods go on; nobody reports them."""
+        inner = self._inner("kubelet")
         self._children["kubelet"].stop()
+        # The kernel ends it when what stands for it outside has ended.
+        deadline = time.monotonic() + 10
+        while inner is not None and Path(f"/proc/{inner}").exists():
+            if time.monotonic() > deadline:
+                raise DevclusterError(f"the kubelet (pid {inner}) outlives its end")
+            time.sleep(0.02)
 
     def restart_kubelet(self) -> None:
         """Ends the kubelet if it runs, starts it, and waits until it answers and the node is Ready."""
@@ -141,9 +146,9 @@ class Node:
         return done.stdout
 
     def _start_keeper(self, machine: Path, kubelet: Path) -> str:
-        record = self.home / keeper.RECORD
+        record = self.home / RECORD
         record.unlink(missing_ok=True)
-        command: list[str | Path] = [keeper.PYTHON, "-m", "devcluster.node.keeper"]
+        command: list[str | Path] = [sys.executable, "-m", "devcluster.node.keeper"]
         command += [self.home, machine, kubelet, str(self._cluster.port)]
         self._spawn("keeper", command, death=signal.SIGTERM)
         wait_ready(self._children["keeper"], record.exists, log=self._log("keeper"), timeout=READY_SECONDS)
@@ -189,7 +194,7 @@ class Node:
 
     def _spawn(self, name: str, command: list[str | Path], *, death: signal.Signals = signal.SIGKILL) -> Child:
         log = self._log(name)
-        env = {"PATH": keeper.SYSTEM_PATH, "PYTHONPATH": str(HERE.parents[1])}
+        env = {"PATH": SYSTEM_PATH, "PYTHONPATH": str(HERE.parents[1])}
         child = spawn(name, command, log=log, detach=self._detach, cwd=self.home, death=death, env=env)
         self._children[name] = child
         self._save()
@@ -198,12 +203,20 @@ class Node:
     def _enter(self, *command: str) -> list[str | Path]:
         return ["nsenter", f"--target={self._first()}", *NAMESPACES, "--", *command]
 
+    def _inner(self, name: str) -> int | None:
+        """The pid of the process inside that one of our children stands for."""
+        pid = self._children[name].pid
+        try:
+            return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        except (FileNotFoundError, IndexError):
+            return None
+
     def _first(self) -> int:
         return int(self._keeper_record()["pid"])
 
     def _keeper_record(self) -> dict[str, str | int]:
         try:
-            found: dict[str, str | int] = json.loads((self.home / keeper.RECORD).read_text())
+            found: dict[str, str | int] = json.loads((self.home / RECORD).read_text())
         except FileNotFoundError as e:
             raise DevclusterError(f"no node runs in {self.home}") from e
         return found

@@ -42,8 +42,13 @@ class Packages:
             "Acquire::Retries": "2",
         }
         self._apt = ["apt-get", "-q", *(part for key, value in options.items() for part in ("-o", f"{key}={value}"))]
-        # An unreachable source is only a warning to apt; the packages are then not found.
-        _run([*self._apt, "update"], "could not read the lists of Debian packages")
+        done = _run([*self._apt, "update"], "could not read the lists of Debian packages")
+        # A source that cannot be reached is only a warning to apt.
+        if not list((folder / "lists").glob("*_Packages*")):
+            warnings = [line for line in done.splitlines() if line.startswith(("W:", "Err:"))]
+            raise DevclusterError(
+                f"no list of Debian packages can be fetched; is there a network? {' '.join(warnings[:1])}"
+            )
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
         """Downloads packages and all that they depend on, and nothing else."""
@@ -103,8 +108,9 @@ def _settle(tree: Path) -> None:
 
 
 def _run(command: Sequence[str | Path], failure: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    env = {**os.environ, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=env)
     if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        words = done.stdout.strip().splitlines()
         raise DevclusterError(f"{failure}: {' '.join(words[-3:])}")
     return done.stdout
