@@ -36,7 +36,7 @@ class Bounds:
     busy: float = 60.0  # how long 429, 503, a used-up quota and a create without an answer are waited out
     grace: float = 5.0  # from SIGTERM to SIGKILL at the time limit
     reason: float = 10.0  # for a Pod to say why it ended
-    gone: float = 30.0  # for a deleted Pod to be gone, before it is deleted by force
+    gone: float = 60.0  # for a deleted Pod to be gone, before it is deleted by force
     sweeps: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 60.0)  # looks for a Pod whose creation was not answered
 
 

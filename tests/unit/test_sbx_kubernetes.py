@@ -37,7 +37,7 @@ from controller.sbx.kubernetes_pod import (
 from controller.sbx.loop import Silent
 from controller.sbx.remote import MAX_SCRIPT
 
-GOLDEN = Path(__file__).parent / "golden" / "Pod.json"
+GOLDEN = Path(__file__).parent / "golden" / "pods" / "Pod.json"
 IMAGE = f"registry.corp:5000/tools/python@sha256:{'a' * 64}"
 STORE = "11111111-1111-1111-1111-111111111111"
 ENVIRON = {
