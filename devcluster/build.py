@@ -120,10 +120,9 @@ def ensure(program: Program, *, report: Report = say) -> Path:
 def _build(program: Program, home: Path, report: Report) -> None:
     """Builds into a scratch folder of the cache and moves it to `home` in one step."""
     go = find_go(report=report)
-    report(
-        f"building {program.what} from its Go modules: once per version, "
-        f"about {program.minutes} minutes on 2 cores; kept in {home}"
-    )
+    minutes = f"{program.minutes} minute{'' if program.minutes == 1 else 's'}"
+    span = f"about {minutes} on 2 cores" if program.minutes else "a moment"
+    report(f"building {program.what} from its Go modules: once per version, {span}; kept in {home}")
     log = home.with_name(home.name + ".log")
     with tempfile.TemporaryDirectory(dir=home.parent, prefix="build-") as scratch:
         tree = Path(scratch) / "tree"

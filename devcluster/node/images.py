@@ -38,10 +38,14 @@ MOUNTPOINTS = ("etc/node", "etc/cni/net.d", "opt/kubelet", "run", "var", "tmp", 
 
 @dataclass(frozen=True)
 class Images:
-    """Paths in the cache: the node's root directory, the archive, and the images' digests by short name."""
+    """Paths in the cache: the node's root directory, the archive, containerd's store of it (if there is one yet).
+
+    And the images' digests by short name.
+    """
 
     machine: Path
     archive: Path
+    store: Path
     digests: Mapping[str, str]
 
     def reference(self, name: str) -> str:
@@ -58,7 +62,7 @@ def ensure(*, report: Report = say) -> Images:
             if not home.exists():
                 _build(home, report)
     digests = json.loads((home / "images.json").read_text())
-    return Images(machine=home / "machine", archive=home / "images.tar", digests=digests)
+    return Images(machine=home / "machine", archive=home / "images.tar", store=home / "store", digests=digests)
 
 
 def _build(home: Path, report: Report) -> None:

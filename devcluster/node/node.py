@@ -20,7 +20,7 @@ from devcluster.certs import ensure_node_pki, issue_kubelet
 from devcluster.cluster import ControlPlane
 from devcluster.errors import DevclusterError
 from devcluster.identities import NODE, NODE_NAME, write_private
-from devcluster.node import images, settings
+from devcluster.node import images, settings, store
 from devcluster.node.host import CGROUPS, RECORD, SYSTEM_PATH, sweep
 from devcluster.node.packages import TOOLS
 from devcluster.processes import Child, spawn, wait_ready
@@ -41,6 +41,8 @@ def missing() -> str | None:
             return f"a node is made from Debian packages in namespaces; {tool} is missing"
     if not (CGROUPS / "memory" / "cgroup.procs").exists():
         return "a node needs the cgroup v1 memory controller (version 2 alone has not been tried)"
+    if not os.access(CGROUPS / "memory", os.W_OK):
+        return "a node needs cgroups of its own, and they are read-only here"
     done = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, check=False)
     return f"namespaces cannot be made here: {done.stderr.strip()}" if done.returncode else None
 
@@ -118,14 +120,7 @@ class Node:
 
     def kill_kubelet(self) -> None:
         """SIGKILL. Pods go on; nobody reports them."""
-        inner = self._inner("kubelet")
-        self._children["kubelet"].stop()
-        # The kernel ends it when what stands for it outside has ended.
-        deadline = time.monotonic() + 10
-        while inner is not None and Path(f"/proc/{inner}").exists():
-            if time.monotonic() > deadline:
-                raise DevclusterError(f"the kubelet (pid {inner}) outlives its end")
-            time.sleep(0.02)
+        self._kill("kubelet")
 
     def restart_kubelet(self) -> None:
         """Ends the kubelet if it runs, starts it, and waits until it answers and the node is Ready."""
@@ -166,11 +161,23 @@ class Node:
         write_private(etc / "cni" / "10-pods.conflist", settings.cni())
 
     def _start_containerd(self) -> None:
+        disk = self.home / "var" / "lib" / "containerd"
+        if self.images.store.exists() and not disk.exists():
+            store.give(self.images.store, disk)
+        self._launch_containerd()
+        known = set(self._ctr("images", "ls", "-q").split())
+        if known.issuperset(map(self.images.reference, self.images.digests)):
+            return
+        fresh = not known
+        self._ctr("images", "import", "-", stdin=self.images.archive)
+        if fresh and not self.images.store.exists():
+            self._kill("containerd")
+            store.keep(disk, self.images.store)
+            self._launch_containerd()
+
+    def _launch_containerd(self) -> None:
         child = self._spawn_inside("containerd", "/usr/bin/containerd", "--config=/etc/node/containerd.toml")
         wait_ready(child, self._containerd_answers, log=self._log("containerd"), timeout=READY_SECONDS)
-        known = set(self._ctr("images", "ls", "-q").split())
-        if not known.issuperset(map(self.images.reference, self.images.digests)):
-            self._ctr("images", "import", "-", stdin=self.images.archive)
 
     def _containerd_answers(self) -> bool:
         try:
@@ -202,6 +209,16 @@ class Node:
 
     def _enter(self, *command: str) -> list[str | Path]:
         return ["nsenter", f"--target={self._first()}", *NAMESPACES, "--", *command]
+
+    def _kill(self, name: str) -> None:
+        inner = self._inner(name)
+        self._children[name].stop()
+        # The kernel ends it when what stands for it outside has ended.
+        deadline = time.monotonic() + 10
+        while inner is not None and Path(f"/proc/{inner}").exists():
+            if time.monotonic() > deadline:
+                raise DevclusterError(f"{name} (pid {inner}) outlives its end")
+            time.sleep(0.02)
 
     def _inner(self, name: str) -> int | None:
         """The pid of the process inside that one of our children stands for."""

@@ -28,11 +28,12 @@ from tests.support import host_state
 
 REPO = Path(__file__).parents[2]
 SECONDS = 60.0
+REASON = missing()
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(missing() is not None, reason=f"a real node is NOT tested: {missing()}"),
+    pytest.mark.skipif(REASON is not None, reason=f"a real node is NOT tested: {REASON}"),
 ]
 
 
