@@ -257,6 +257,9 @@ def test_a_pod_that_does_not_start_says_why(
     change(eventually(lambda: next(iter(server.pods.values()), None)))
     out = join()
     assert out.res.err_code is ErrCode.BOOT_FAIL and says in out.res.stderr, out.res.stderr
+    assert ("did not start within" in out.res.stderr) == (seconds == PODS.boot), (
+        "what waits for a person is not waited for"
+    )
     assert out.seconds < seconds + SLACK
     assert server.pods == {} and not kit.start_log.exists()
 
