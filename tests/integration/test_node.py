@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from devcluster.node import NodeCluster, images, missing
+from devcluster.stack import Stack, scratch
 from tests.support import host_state
 
 REPO = Path(__file__).parents[2]
@@ -378,3 +379,13 @@ def test_up_and_down_with_a_node(tmp_path: Path) -> None:
     finally:
         assert devcluster(tmp_path, "down", "--wipe").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_stack_may_have_a_node() -> None:
+    with scratch() as state:
+        with Stack(state, fsync=False, node=True) as stack:
+            name = json.loads((stack.machine.home / "keeper.json").read_text())["name"]
+            assert stack.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}").stdout == "node1"
+            assert host_state.traces(name)
+        assert (host_state.traces(name), host_state.processes_of(state)) == ([], [])
+        assert not (state / "node").exists()
