@@ -17,6 +17,12 @@ class ConfigError(Exception):
     """One line a person can act on."""
 
 
+_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+_IMAGE = r"[a-z0-9][a-z0-9-]*=[A-Za-z0-9][A-Za-z0-9._:/-]*@sha256:[0-9a-f]{64}"
+_PAIR = r"[A-Za-z0-9][A-Za-z0-9./_-]*=[A-Za-z0-9._-]*"
+_TAINT = r"[A-Za-z0-9][A-Za-z0-9./_-]*(=[A-Za-z0-9._-]*)?:(NoSchedule|PreferNoSchedule|NoExecute)"
+
+
 class Settings(BaseModel):
     """The names are the source documents'. Secrets are never shown."""
 
@@ -77,6 +83,40 @@ class Settings(BaseModel):
     e2b_sandbox_url: str | None = Field(
         None, alias="E2B_SANDBOX_URL", pattern=r"^https?://\S+$", description="an http or https URL for all sandboxes"
     )
+    sbx_kubernetes_templates: str = Field(
+        "",
+        alias="SBX_KUBERNETES_TEMPLATES",
+        pattern=rf"^{_IMAGE}(,{_IMAGE})*$",
+        description="templates and their images by digest, e.g. python=registry/image@sha256:… (SBX_PROVIDER=kubernetes)",
+    )
+    sbx_kubernetes_namespace: str = Field(
+        "sisu-kodo-sandboxes",
+        alias="SBX_KUBERNETES_NAMESPACE",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        description="where sandbox Pods are made: a namespace of their own",
+    )
+    sbx_kubernetes_runtime_class: str = Field("", alias="SBX_KUBERNETES_RUNTIME_CLASS", pattern=_NAME)
+    sbx_kubernetes_pull_secrets: str = Field(
+        "",
+        alias="SBX_KUBERNETES_PULL_SECRETS",
+        pattern=rf"{_NAME[:-1]}(,{_NAME[1:-1]})*$",
+        description="names of Secrets in the sandboxes' namespace, separated by ','",
+    )
+    sbx_kubernetes_node_selector: str = Field(
+        "",
+        alias="SBX_KUBERNETES_NODE_SELECTOR",
+        pattern=rf"^{_PAIR}(,{_PAIR})*$",
+        description="labels of the nodes to use, e.g. pool=sandboxes",
+    )
+    sbx_kubernetes_tolerations: str = Field(
+        "",
+        alias="SBX_KUBERNETES_TOLERATIONS",
+        pattern=rf"^{_TAINT}(,{_TAINT})*$",
+        description="taints as kubectl writes them, e.g. pool=sandboxes:NoSchedule",
+    )
+    sbx_kubernetes_boot_seconds: float = Field(
+        120.0, alias="SBX_KUBERNETES_BOOT_SECONDS", ge=5, le=3600, description="from a Pod's creation until it runs"
+    )
     sbx_start_log: Path | None = Field(
         None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
     )
@@ -85,14 +125,14 @@ class Settings(BaseModel):
         alias="SBX_CREATES_PER_SECOND",
         ge=0,
         le=1000,
-        description="of all workers; 0 for no limit; e2b: 5, others: 0",
+        description="of all workers; 0 for no limit; e2b: 5, kubernetes: 10, others: 0",
     )
     sbx_max_concurrent: int | None = Field(
         None,
         alias="SBX_MAX_CONCURRENT",
         ge=0,
         le=100_000,
-        description="of all workers; 0 for no limit; e2b: 100, others: 0",
+        description="of all workers; 0 for no limit; e2b and kubernetes: 100, others: 0",
     )
     orphan_grace_seconds: float = Field(60.0, alias="SBX_ORPHAN_GRACE_SECONDS", ge=1, le=86_400)
     workspace_root: Path = Field(
@@ -144,8 +184,22 @@ class Settings(BaseModel):
     @property
     def e2b_templates(self) -> dict[str, str]:
         """SBX_E2B_TEMPLATES as our name → E2B's template id."""
-        pairs = (one.split("=", 1) for one in self.sbx_e2b_templates.split(",") if one)
-        return {name: template for name, template in pairs}
+        return _pairs(self.sbx_e2b_templates)
+
+    @property
+    def kubernetes_templates(self) -> dict[str, str]:
+        """SBX_KUBERNETES_TEMPLATES as our name → image by digest."""
+        return _pairs(self.sbx_kubernetes_templates)
+
+    @property
+    def kubernetes_node_selector(self) -> dict[str, str]:
+        """SBX_KUBERNETES_NODE_SELECTOR as a Pod has it."""
+        return _pairs(self.sbx_kubernetes_node_selector)
+
+    @property
+    def kubernetes_tolerations(self) -> tuple[dict[str, str], ...]:
+        """SBX_KUBERNETES_TOLERATIONS as a Pod has them."""
+        return tuple(_toleration(one) for one in self.sbx_kubernetes_tolerations.split(",") if one)
 
 
 # opencode.json takes these values in as they are, and looks for {env:…} and {file:…} in the result.
@@ -236,6 +290,19 @@ def _load(model: type[M], environ: Mapping[str, str] | None) -> M:
         may = f"; it may hold: {field.description}" if field is not None and field.description else ""
         held = "is not set" if first["type"] == "missing" else f"holds {_shown(name, values)}: {first['msg']}"
         raise ConfigError(f"{name} {held}{may}") from None
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """`a=b,c=d`; a value may hold more `=`."""
+    pairs = (one.split("=", 1) for one in text.split(",") if one)
+    return {name: value for name, value in pairs}
+
+
+def _toleration(taint: str) -> dict[str, str]:
+    name, effect = taint.rsplit(":", 1)
+    key, given, value = name.partition("=")
+    found = {"operator": "Equal", "value": value} if given else {"operator": "Exists"}
+    return {"key": key, **found, "effect": effect}
 
 
 def _pinned(config: Path) -> str:

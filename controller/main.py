@@ -38,13 +38,16 @@ from controller.roles.worker import DRAIN_SECONDS, Worker
 from controller.sbx import templates
 from controller.sbx.e2b import E2BProvider
 from controller.sbx.e2b_api import Account
+from controller.sbx.kubernetes import KubernetesProvider
+from controller.sbx.kubernetes_pod import PodSettings
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
 from controller.workspace.workspace import GitWorkspace
 
 log = logging.getLogger(__name__)
 RECURSION_LIMIT = 30_000
-DEFAULT_LIMITS = {"e2b": (5.0, 100)}  # sandboxes per second, and at once: E2B's Pro tier, shared by all workers
+# Sandboxes per second, and at once, of all workers. E2B's Pro tier; what a small cluster's kubelets and API server take easily.
+DEFAULT_LIMITS = {"e2b": (5.0, 100), "kubernetes": (10.0, 100)}
 
 
 class SystemClock:
@@ -124,8 +127,8 @@ def _sandboxes(settings: Settings) -> SandboxProvider:
         return MockProvider(start_log=settings.sbx_start_log)
     if settings.sbx_provider == "e2b":
         return _e2b(settings)
-    if settings.sbx_provider != "local":
-        raise ConfigError(f"SBX_PROVIDER holds {settings.sbx_provider!r}; this build has: e2b, local")
+    if settings.sbx_provider == "kubernetes":
+        return _kubernetes(settings)
     manifests = [templates.load(path) for path in settings.toolchains]
     return LocalProvider(
         state_root=settings.sbx_root,
@@ -150,6 +153,27 @@ def _e2b(settings: Settings) -> SandboxProvider:
         templates=settings.e2b_templates,
         start_log=settings.sbx_start_log,
         observe=partial(_observe_stage, "e2b"),
+    )
+
+
+def _kubernetes(settings: Settings) -> SandboxProvider:
+    if not settings.sbx_kubernetes_templates:
+        needs = "SBX_PROVIDER=kubernetes needs it (docs/configuration.md)"
+        raise ConfigError(f"SBX_KUBERNETES_TEMPLATES is not set; {needs}")
+    pods = PodSettings(
+        namespace=settings.sbx_kubernetes_namespace,
+        runtime_class=settings.sbx_kubernetes_runtime_class,
+        pull_secrets=[name for name in settings.sbx_kubernetes_pull_secrets.split(",") if name],
+        node_selector=settings.kubernetes_node_selector,
+        tolerations=settings.kubernetes_tolerations,
+        boot=settings.sbx_kubernetes_boot_seconds,
+    )
+    return KubernetesProvider(
+        settings.kubeconfig,
+        templates=settings.kubernetes_templates,
+        pods=pods,
+        start_log=settings.sbx_start_log,
+        observe=partial(_observe_stage, "kubernetes"),
     )
 
 

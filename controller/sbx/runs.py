@@ -138,10 +138,14 @@ class Runs(Generic[M]):
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Tells `observe` how long this took, unless it raises."""
+        """Tells how long this took, unless it raises."""
         started = time.monotonic()
         yield
-        self._observe(stage, time.monotonic() - started)
+        self.took(stage, time.monotonic() - started)
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Tells `observe`."""
+        self._observe(stage, seconds)
 
     def _watched(
         self, run: Run[M], attempt: Callable[[Run[M]], Coroutine[Any, Any, Attempted]], canceled: Callable[[], bool]

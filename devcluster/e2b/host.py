@@ -105,10 +105,7 @@ class Sandbox:
 
         def follow() -> None:
             try:
-                sink = Sink(feed=process.feed, full=lambda _: process.detached)
-                process.end(self.cell.run(argv, view=view, sink=sink, watch=process.stop))
-            except Exception as e:  # noqa: BLE001 - told to whoever reads the stream
-                process.end(Result(failure=str(e)))
+                self.follow(process, view=view)
             finally:
                 self.processes.pop(process.pid, None)
 
@@ -116,6 +113,15 @@ class Sandbox:
         self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         thread.start()
         return process
+
+    def follow(self, process: Process, *, view: bytes | None = None, stdin: bytes = b"") -> None:
+        """Runs it to its end, which is told as its last event; blocks."""
+        try:
+            sink = Sink(feed=process.feed, full=lambda _: process.detached)
+            view = self._view({}, "/") if view is None else view
+            process.end(self.cell.run(process.argv, view=view, sink=sink, watch=process.stop, stdin=stdin))
+        except Exception as e:  # noqa: BLE001 - told to whoever reads the stream
+            process.end(Result(failure=str(e)))
 
     def tool(self, argv: Sequence[str], *, stdin: bytes = b"") -> tuple[Result, bytes]:
         """A short command of ours to its end; blocks. Inside the jail, so that no planted link leads out."""

@@ -21,10 +21,15 @@ import pytest
 import yaml
 
 from controller import config
+from controller.core.contract import Egress
+from controller.core.model import Owner
 from controller.roles.worker import DRAIN_SECONDS
+from controller.sbx import kubernetes_pod, kubernetes_policies
+from controller.sbx.kubernetes_pod import PodSettings
 from devcluster import build
 from devcluster.cluster import ControlPlane
 from devcluster.stack import Stack
+from tests.support.builders import request
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "sisu-kodo"
@@ -55,6 +60,7 @@ class Case:
         return [*files, *(x for one in self.sets for x in ("--set", one))]
 
 
+PODS = ("sandbox.provider=kubernetes", f"sandbox.kubernetes.templates=python=python@sha256:{'a' * 64}")
 CASES = {
     "default": Case(),
     "split": Case(files=("split",)),
@@ -70,9 +76,12 @@ CASES = {
     "typed by hand": Case(sets=("admission.mutating=never",)),
     "elsewhere": Case(sets=("serviceAccount.name=tiger", "database.migrate=false"), namespace="elsewhere"),
     "without controller": Case(files=(), sets=("controller.enabled=false",)),
+    "pods": Case(files=("pods",)),
+    "pods in one": Case(files=("pods",), sets=("controller.split=false", "sandbox.kubernetes.createNamespace=false")),
+    "pods without controller": Case(files=(), sets=("controller.enabled=false", "sandbox.provider=kubernetes")),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-running_cases = pytest.mark.parametrize("name", [name for name in CASES if name != "without controller"])
+running_cases = pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("without controller")])
 
 
 def helm(*args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -118,7 +127,9 @@ def test_the_package_is_whole_and_holds_no_tests(tmp_path: Path) -> None:
     with tarfile.open(next(tmp_path.glob("*.tgz"))) as package:
         members = {one.name.removeprefix("sisu-kodo/"): one for one in package.getmembers()}
     assert all(one.isfile() for one in members.values()), "links lead out of the package"
-    assert {"files/alerts.yaml", "templates/NOTES.txt", "values.schema.json"} <= set(members)
+    assert {"files/sandboxes/egress.yaml", "files/alerts.yaml", "templates/NOTES.txt", "values.schema.json"} <= set(
+        members
+    )
     assert {f"templates/crds/{p.name}" for p in (ROOT / "crds").glob("*.yaml")} <= set(members)
     admission = {f"files/admission/{p.name}" for p in (ROOT / "controller" / "kube" / "admission").glob("*.yaml")}
     assert admission and admission <= set(members)
@@ -142,12 +153,16 @@ def test_the_package_is_whole_and_holds_no_tests(tmp_path: Path) -> None:
         (("controller.log.level=debug",), "at '/controller/log/level': value must be one of"),
         (("database.url=postgresql://x",), "at '/database': additional properties 'url' not allowed"),
         (("networkPolicy.egressPorts=null",), ""),
+        (("sandbox.provider=kubernetes",), "at '/sandbox/kubernetes/templates': minLength"),
+        (("sandbox.kubernetes.templates=python=python:3.12",), "at '/sandbox/kubernetes/templates'"),
+        (("sandbox.kubernetes.tolerations={pool}",), "at '/sandbox/kubernetes/tolerations/0'"),
+        (("sandbox.mode=live", *PODS, f"sandbox.kubernetes.namespace={SYSTEM}"), "is the release's own"),
         (("surprise=1",), "additional properties 'surprise' not allowed"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_bad_values_are_refused_by_name(sets: tuple[str, ...], says: str) -> None:
-    done = helm("template", "x", CHART, *FLAGS, *Case(sets=sets).flags, check=False)
+    done = helm("template", "x", CHART, "-n", SYSTEM, *FLAGS, *Case(sets=sets).flags, check=False)
     if says == "":  # null takes a default away, which is Helm's way; the chart must still render
         assert done.returncode == 0, done.stderr
     else:
@@ -292,6 +307,59 @@ def test_the_worker_may_do_nothing() -> None:
     assert pods(objects)["sisu-kodo-migrate"]["spec"]["automountServiceAccountToken"] is False
 
 
+@pytest.mark.parametrize(
+    ("name", "account"),
+    [
+        ("pods", "sisu-kodo-worker"),
+        ("pods in one", "sisu-kodo-controller"),
+        ("pods without controller", "sisu-kodo-controller"),
+    ],
+)
+def test_who_runs_tasks_may_make_pods_where_sandboxes_are_and_nothing_else(name: str, account: str) -> None:
+    objects = rendered(name)
+    (role,) = find(objects, "Role", "sisu-kodo-sandboxes")
+    (binding,) = find(objects, "RoleBinding", "sisu-kodo-sandboxes")
+    namespace = "sisu-kodo-sandboxes" if "without" in name else "boxes"
+    assert {role["metadata"]["namespace"], binding["metadata"]["namespace"]} == {namespace} != {SYSTEM}
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": SYSTEM}]
+    assert {(one["resources"][0], *one["verbs"]) for one in role["rules"]} == {
+        ("pods", "create", "delete", "get", "list"),
+        ("pods/exec", "create", "get"),
+        ("networkpolicies", "get"),
+    }
+    bound = [one for one in objects if account in json.dumps(one.get("subjects", ""))]
+    assert account == "sisu-kodo-controller" or bound == [binding]
+    for owner, pod in pods(objects).items():
+        assert pod["spec"]["automountServiceAccountToken"] is (owner != "sisu-kodo-migrate")
+
+
+def test_the_sandboxes_namespace_is_restricted_and_walled() -> None:
+    objects = rendered("pods")
+    (namespace,) = find(objects, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    policies = {one["metadata"]["name"]: one for one in find(objects, "NetworkPolicy")}
+    for policy, shipped in kubernetes_policies.shipped().items():
+        assert policies[policy]["spec"] == shipped["spec"] and policies[policy]["metadata"]["namespace"] == "boxes"
+    (quota,) = find(objects, "ResourceQuota")
+    assert quota["spec"]["hard"] == {"pods": "50", "requests.cpu": "32", "requests.memory": "64Gi"}
+    assert find(rendered("pods in one"), "Namespace") == find(rendered("default"), "NetworkPolicy") == []
+
+
+def test_every_setting_of_pods_arrives() -> None:
+    found = pods(rendered("pods"))
+    worker, controller = (
+        config.load(_environment(found[f"sisu-kodo-{role}"]["spec"]["containers"][0]))
+        for role in ("worker", "controller")
+    )
+    assert (worker.sbx_provider, worker.sbx_kubernetes_namespace) == ("kubernetes", "boxes")
+    assert worker.kubernetes_templates == {"python": f"registry.corp/python@sha256:{'0123456789abcdef' * 4}"}
+    assert (worker.sbx_kubernetes_runtime_class, worker.sbx_kubernetes_pull_secrets) == ("gvisor", "mirror")
+    assert worker.kubernetes_node_selector == {"pool": "sandboxes", "disk": "fast"}
+    assert [one["key"] for one in worker.kubernetes_tolerations] == ["pool", "spot"]
+    assert worker.sbx_kubernetes_boot_seconds == 60
+    assert controller.kubernetes_templates == {}
+
+
 def test_names_follow_namespace_and_account() -> None:
     objects = rendered("elsewhere")
     assert pods(objects)["sisu-kodo-controller"]["spec"]["serviceAccountName"] == "tiger"
@@ -316,7 +384,7 @@ def test_selectors_find_what_they_are_for(name: str) -> None:
     for one in find(objects, "Deployment") + find(objects, "PodDisruptionBudget"):
         mine = {o for o, pod in found.items() if _selects(one["spec"]["selector"]["matchLabels"], pod)}
         assert mine == {one["metadata"]["name"]}
-    for one in find(objects, "NetworkPolicy"):
+    for one in find(objects, "NetworkPolicy", "sisu-kodo"):
         assert all(_selects(one["spec"]["podSelector"]["matchLabels"], pod) for pod in found.values())
 
 
@@ -368,10 +436,11 @@ def test_the_rules_are_the_tested_ones() -> None:
 def test_the_api_server_takes_every_object(cluster: Stack, name: str) -> None:
     objects = [one for one in rendered(name) if one["apiVersion"] != MONITORING]
     namespace = CASES[name].namespace
-    cluster.kubectl("create", "namespace", namespace, check=False)
+    for one in {namespace, *(x["metadata"].get("namespace", namespace) for x in objects)}:
+        cluster.kubectl("create", "namespace", one, check=False)
     documents = "\n---\n".join(json.dumps(one) for one in objects)
     flags = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")
-    done = cluster.kubectl("apply", *flags, "-n", namespace, "-f", "-", stdin=documents, check=False)
+    done = cluster.kubectl("apply", *flags, "-f", "-", stdin=documents, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     assert len(done.stdout.splitlines()) == len(objects)
@@ -398,6 +467,29 @@ def restricted(cluster: Stack) -> Iterator[str]:
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_the_api_server_keeps_the_network_policies_as_they_are(cluster: Stack, restricted: str) -> None:
+    """The provider compares them whole: what the server fills in would be a difference."""
+    for name, policy in kubernetes_policies.shipped().items():
+        cluster.kubectl("apply", "-n", restricted, "-f", "-", stdin=json.dumps(policy))
+        live = json.loads(cluster.kubectl("get", "networkpolicy", name, "-n", restricted, "-o", "json").stdout)
+        assert kubernetes_policies.complaint(name, live) is None
+
+
+@pytest.mark.parametrize("mode", ["None", "Public"])
+def test_a_tasks_pod_is_restricted(cluster: Stack, restricted: str, mode: Any) -> None:
+    settings = PodSettings(namespace=restricted)
+    owner = Owner(store_id="s", run_id="r", task_key="k", attempt=1, fence=1)
+    wanted = request(egress=Egress(mode=mode), cmd="true")
+    image = f"registry.corp/python@sha256:{'a' * 64}"
+    pod = kubernetes_pod.manifest(wanted, owner=owner, image=image, settings=settings, seconds=60)
+    flags = ("--dry-run=server", "--validate=strict", "-f", "-")
+    done = cluster.kubectl("create", *flags, stdin=json.dumps(pod), check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    pod["spec"]["containers"][0]["securityContext"].pop("capabilities")
+    done = cluster.kubectl("create", *flags, stdin=json.dumps(pod), check=False)
+    assert done.returncode != 0 and "violates PodSecurity" in done.stderr
 
 
 def _try_pod(cluster: Stack, namespace: str, spec: Object) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from controller.db.migrate import migrate
+from devcluster import node
+from devcluster.install import apply_chart
+from devcluster.node import NodeCluster
 from devcluster.postgres import Postgres
 
 
@@ -27,3 +30,17 @@ def database(postgres: Postgres, request: pytest.FixtureRequest) -> str:
     url = postgres.create_database(f"db_{request.module.__name__.rpartition('.')[2]}"[:60])
     migrate(url)
     return url
+
+
+@pytest.fixture(scope="session")
+def sandbox_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+    """A control plane, one real node, and the chart's objects for sandboxes that are Pods. Skips aloud where no node can be had."""
+    if reason := node.missing():
+        pytest.skip(f"no node: {reason}")
+    cluster = NodeCluster(tmp_path_factory.mktemp("node"))
+    try:
+        with cluster:
+            apply_chart(cluster.control_plane, sets=("sandbox.provider=kubernetes",))
+            yield cluster
+    finally:
+        cluster.wipe()

@@ -1,6 +1,6 @@
 """One contract for every SandboxProvider. Commands stay in the small language that the mock shares with a real shell.
 
-A new provider adds one entry to PROVIDERS. What only a real sandbox can show is in test_sandbox_<provider>.py.
+A new provider adds one entry to the fixture `kit`. What only a real sandbox can show is in test_sandbox_<provider>.py.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ from controller.ports import SandboxProvider
 from controller.sbx import templates
 from controller.sbx.e2b import E2BProvider
 from controller.sbx.e2b_api import Account
+from controller.sbx.kubernetes import KubernetesProvider
+from controller.sbx.kubernetes_api import Bounds
+from controller.sbx.kubernetes_pod import PodSettings
 from controller.sbx.limits import CgroupTree
 from controller.sbx.local import LocalProvider
 from controller.sbx.mock import MockProvider
 from devcluster.e2b.api import Server, application
 from devcluster.e2b.host import Host
+from devcluster.node import NodeCluster
 
 STORE = "store-1"
 FENCES = count(1)
 OUTPUT_LIMIT = 100_000
+SANDBOXES = "sisu-kodo-sandboxes"
 
 
 @dataclass(kw_only=True)
@@ -61,6 +66,7 @@ class Kit:
     start_log: Path
     template: str = "base"
     real: bool = True
+    limits: Limits = field(default_factory=Limits)
     live: list[Chunk] = field(default_factory=list)
 
     def request(self, cmd: str, **changes: Any) -> SBXReq:
@@ -72,7 +78,7 @@ class Kit:
             "generation": 1,
         }
         values |= {"env_ref": self.provider.resolve(self.template), "cmd": cmd, "files_in": (), "env": {}}
-        values |= {"workdir": "/workspace", "timeout_ms": 20_000, "limits": Limits(), "egress": Egress()}
+        values |= {"workdir": "/workspace", "timeout_ms": 20_000, "limits": self.limits, "egress": Egress()}
         return SBXReq(**(values | changes))
 
     def owner(self, *, attempt: int = 1, store: str = STORE) -> Owner:
@@ -170,7 +176,23 @@ def e2b_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, Server]]:
             directory.rmdir()
 
 
-@pytest.fixture(params=["mock", "local", "e2b"])
+@contextmanager
+def node_kit(cluster: NodeCluster, root: Path, **options: Any) -> Iterator[Kit]:
+    """The kubernetes provider with the rights that the chart gives it, and real Pods. At the end there is none."""
+    provider = KubernetesProvider(
+        cluster.kubeconfig("controller"),
+        templates={"base": cluster.image("python")},
+        pods=PodSettings(namespace=SANDBOXES, boot=60),
+        start_log=root / "starts",
+        **{"output_limit": OUTPUT_LIMIT, "bounds": Bounds(grace=1.0), **options},
+    )
+    # Two of them must fit on a node of two cores.
+    yield Kit(provider=provider, start_log=root / "starts", limits=Limits(cpu_millis=400, memory_mb=128))
+    provider.close()
+    assert cluster.kubectl("get", "pods", "-n", SANDBOXES, "-o", "name").stdout == ""
+
+
+@pytest.fixture(params=["mock", "local", "e2b", pytest.param("kubernetes", marks=pytest.mark.slow)])
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     root = open_directory()
     start_log = root / "starts"
@@ -181,6 +203,9 @@ def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
             )
         elif request.param == "e2b":
             with e2b_kit(root) as (found, _):
+                yield found
+        elif request.param == "kubernetes":
+            with node_kit(request.getfixturevalue("sandbox_cluster"), root) as found:
                 yield found
         else:
             local = LocalProvider(

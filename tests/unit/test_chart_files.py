@@ -94,7 +94,7 @@ def _object_problems(value: Object, schema: Mapping[str, Any], root: Mapping[str
 
 
 @pytest.mark.parametrize(
-    "path", ["files/admission", "templates/crds/intents.yaml", "templates/crds/planapprovals.yaml"]
+    "path", ["files/admission", "files/sandboxes", "templates/crds/intents.yaml", "templates/crds/planapprovals.yaml"]
 )
 def test_links_lead_into_this_repository(path: str) -> None:
     link = CHART / path
@@ -199,6 +199,14 @@ def test_the_controller_cannot_write_decisions() -> None:
         assert verbs("controller", resource) == set()
     for resource in ("validatingadmissionpolicies", "validatingadmissionpolicybindings", "customresourcedefinitions"):
         assert not verbs("controller", resource) & WRITES
+
+
+def test_who_runs_tasks_reaches_pods_only() -> None:
+    assert {(row["resource"], *sorted(row["verbs"])) for row in RBAC["sandboxNamespace"]} == {
+        ("pods", "create", "delete", "get", "list"),
+        ("pods/exec", "create", "get"),
+        ("networkpolicies", "get"),
+    }
 
 
 def test_only_approvers_approve() -> None:

@@ -271,7 +271,12 @@ spec:
 {{- end }}
 {{- end }}
 
-{{/* What a worker's sandbox provider needs: limits, and E2B's account. */}}
+{{/* "true" where sandboxes are Pods, which need a namespace, rights and NetworkPolicies. */}}
+{{- define "sisu-kodo.sandboxPods" -}}
+{{- if and (eq .Values.sandbox.provider "kubernetes") (ne .Values.sandbox.mode "mock") }}true{{ end -}}
+{{- end }}
+
+{{/* What a worker's sandbox provider needs: limits, E2B's account, what Pods are made from. */}}
 {{- define "sisu-kodo.sandboxEnv" -}}
 {{- $given := dict "SBX_CREATES_PER_SECOND" .createsPerSecond "SBX_MAX_CONCURRENT" .maxConcurrent }}
 {{- if eq .provider "e2b" }}
@@ -279,6 +284,15 @@ spec:
 {{- with .e2b.apiKeySecret }}
 - name: E2B_API_KEY
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $.e2b.apiKeyKey | quote }}}}
+{{- end }}
+{{- end }}
+{{- if eq .provider "kubernetes" }}
+{{- with .kubernetes }}
+{{- $pairs := list }}
+{{- range $key, $value := .nodeSelector }}
+{{- $pairs = append $pairs (printf "%s=%s" $key $value) }}
+{{- end }}
+{{- $given = merge $given (dict "SBX_KUBERNETES_TEMPLATES" .templates "SBX_KUBERNETES_NAMESPACE" .namespace "SBX_KUBERNETES_RUNTIME_CLASS" .runtimeClass "SBX_KUBERNETES_PULL_SECRETS" (join "," .pullSecrets) "SBX_KUBERNETES_NODE_SELECTOR" (join "," $pairs) "SBX_KUBERNETES_TOLERATIONS" (join "," .tolerations) "SBX_KUBERNETES_BOOT_SECONDS" .bootSeconds) }}
 {{- end }}
 {{- end }}
 {{- range $name := keys $given | sortAlpha }}

@@ -1,0 +1,105 @@
+"""The whole program with tasks as Pods on a real node: the main job, and a controller that is killed while a Pod runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from controller.core.contract import Limits
+from controller.core.model import Owner
+from controller.sbx import kubernetes_pod
+from controller.sbx.kubernetes_pod import PodSettings
+from devcluster import node
+from devcluster.stack import Controller, Stack, scratch
+from tests.e2e.product import Product
+from tests.support.builders import request
+
+pytestmark = pytest.mark.slow
+SANDBOXES = "sisu-kodo-sandboxes"
+GRACE = 4.0
+_NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    """Control plane, node, PostgreSQL and the chart; the controller has the rights that the chart gives it."""
+    if reason := node.missing():
+        pytest.skip(f"no node: {reason}")
+    with scratch() as state, Stack(state, node=True, fsync=False, sets=("sandbox.provider=kubernetes",)) as running:
+        yield running
+
+
+@pytest.fixture
+def product(stack: Stack, request: pytest.FixtureRequest) -> Iterator[Product]:
+    with Product(stack, name=f"pods-{next(_NUMBERS)}", title=request.node.name) as one:
+        yield one
+        assert pods(stack) == []
+
+
+def start(product: Product) -> Controller:
+    image = product.stack.machine.images.reference("python")
+    return product.start(
+        SBX_MODE="live",
+        SBX_PROVIDER="kubernetes",
+        SBX_TOOLCHAINS="",
+        SBX_KUBERNETES_TEMPLATES=f"python={image}",
+        SBX_ORPHAN_GRACE_SECONDS=str(GRACE),
+    )
+
+
+def pods(stack: Stack) -> list[str]:
+    return stack.kubectl("get", "pods", "-n", SANDBOXES, "-o", "name").stdout.split()
+
+
+def test_an_approved_intent_runs_in_a_pod(product: Product) -> None:
+    start(product)
+    product.apply("hello", "say hello")
+    product.wait_phase("hello", "WaitingInput")
+    assert pods(product.stack) == []
+    product.vote("hello")
+    done = product.wait_phase("hello", "Succeeded", "Failed", "RetriesExceeded", seconds=60)
+    assert done["phase"] == "Succeeded", done
+    image = product.stack.machine.images.reference("python")
+    assert product.sql("SELECT provider, err_code FROM app.sbx_runs") == [("kubernetes", "NONE")]
+    approval = json.loads(product.kubectl("get", "planapprovals", "-o", "json"))["items"][0]
+    assert f"kubernetes:python@{image}" in json.dumps(approval["spec"]), "people approved this image"
+    assert sum(product.starts().values()) == 1
+    product.assert_once()
+
+
+def test_a_killed_controllers_pod_is_deleted_and_its_task_succeeds(product: Product) -> None:
+    """And a Pod that no journal knows goes after the grace period."""
+    first = start(product)
+    product.apply("k", "wait a while")
+    product.wait_phase("k", "WaitingInput")
+    product.vote("k")
+    product.wait(lambda: product.starts(), "a command has begun", seconds=60)
+    first.kill()
+    (left,) = pods(product.stack)
+    orphan(product)
+
+    start(product)
+    done = product.wait_phase("k", "Succeeded", "Failed", "RetriesExceeded", seconds=90)
+    assert done["phase"] == "Succeeded", done
+    assert left not in pods(product.stack)
+    product.wait(lambda: not pods(product.stack), "no Pod is left", seconds=GRACE + GRACE / 2 + 20)
+    assert product.sql("SELECT attempt, state FROM app.sbx_attempts ORDER BY attempt") == [(1, "unknown"), (2, "done")]
+    assert product.sql("SELECT outcomes, attempt, status FROM app.sbx_runs") == [(1, 2, "succeeded")]
+    product.assert_once()
+
+
+def orphan(product: Product) -> None:
+    """A Pod with this store's mark, of an attempt that the journal does not know."""
+    ((store,),) = product.sql("SELECT id::text FROM app.store")
+    owner = Owner(store_id=store, run_id="r", task_key="k" * 64, attempt=1, fence=10**9)
+    body = kubernetes_pod.manifest(
+        request(limits=Limits(cpu_millis=50, memory_mb=32)),
+        owner=owner,
+        image=product.stack.machine.images.reference("python"),
+        settings=PodSettings(namespace=SANDBOXES),
+        seconds=3600,
+    )
+    product.stack.kubectl("create", "-f", "-", stdin=json.dumps(body))
