@@ -56,7 +56,7 @@ fanout-soak: setup ## 1,000 tasks of one Intent while workers are killed; fails 
 	@$(RUN) python -m devcluster.soak fanout $(SOAK) $(if $(SEEDS),--seeds $(SEEDS))
 
 .PHONY: sandbox-soak
-sandbox-soak: setup ## real sandboxes of all kinds, local and e2b, while workers and provider fail; as above, and PROVIDER=local or e2b
+sandbox-soak: setup ## real sandboxes of all kinds, local and e2b, while workers and provider fail; as above, and PROVIDER=local, e2b or kubernetes (root)
 	@$(RUN) python -m devcluster.soak sandbox $(SOAK) $(if $(PROVIDER),--provider $(PROVIDER))
 
 .PHONY: up

@@ -35,12 +35,14 @@ class Job:
     parallelism: int
     phase: str
     cancel_at: float = 0.0
+    sandbox: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spec(self) -> dict[str, Any]:
         """A partition of its own, so that one Intent's tasks do not wait for another's."""
         limits = {"maxTasks": len(self.plan), "parallelism": self.parallelism}
-        return {"goal": self.goal, "limits": limits, "queuePartitionKey": self.name}
+        more = {"sandbox": dict(self.sandbox)} if self.sandbox else {}
+        return {"goal": self.goal, "limits": limits, "queuePartitionKey": self.name, **more}
 
 
 @dataclass(frozen=True, kw_only=True)

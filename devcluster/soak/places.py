@@ -1,6 +1,6 @@
 """Where sandboxes are made in a soak. A provider is one class: its settings, its own failures, and what is left of it on its side.
 
-To add one: a class with these seven names, and its entry in PLACES.
+To add one: a class with these eight names, and its entry in PLACES.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import psycopg
 
 from controller.core.model import Owner
 from controller.sbx import templates
 from controller.sbx.boxes import DRAFT, Box, Boxes
 from controller.sbx.e2b_api import owner_of
+from controller.sbx.kubernetes import KubernetesProvider
+from controller.sbx.kubernetes_pod import PodSettings
 from controller.sbx.limits import CgroupTree
 from devcluster.e2b.api import Server, application
 from devcluster.e2b.faults import Fault
@@ -29,6 +33,7 @@ from devcluster.trial.progress import say
 
 Failures = Mapping[str, Callable[[], bool]]
 MANY_BOXES = 40
+POD_NAMESPACE = "sisu-kodo-sandboxes"
 LATE_SECONDS = 15.0  # longer than a lease, and the next attempt's look for the box
 
 
@@ -36,6 +41,7 @@ class Place(Protocol):
     """One provider. All calls from the main thread."""
 
     windows: list[Window]  # when it failed on purpose
+    sandbox: Mapping[str, str]  # what Intents ask for, beyond the defaults
 
     def settings(self) -> Mapping[str, str]:
         """A worker's."""
@@ -58,6 +64,8 @@ class Place(Protocol):
 
 class Mock:
     """In the worker's memory: dies with it."""
+
+    sandbox: Mapping[str, str] = {}
 
     def __init__(self, _: Stack) -> None:
         self.windows: list[Window] = []
@@ -83,6 +91,8 @@ class Mock:
 
 class Local:
     """Bubblewrap on this host, one root for all workers. Left are directories, cgroups, and processes that have them mounted."""
+
+    sandbox: Mapping[str, str] = {}
 
     def __init__(self, stack: Stack) -> None:
         self.windows: list[Window] = []
@@ -119,6 +129,7 @@ class E2B:
     """The repository's own E2B-compatible server, in this process; the product's provider and the unmodified SDK talk to it."""
 
     KEY = "e2b_soak"
+    sandbox: Mapping[str, str] = {}
 
     def __init__(self, stack: Stack) -> None:
         self.windows: list[Window] = []
@@ -209,7 +220,46 @@ class E2B:
         return True
 
 
-PLACES: Mapping[str, Callable[[Stack], Place]] = {"local": Local, "e2b": E2B}
+class Pods:
+    """A Pod per task on the stack's own node, which has the machine's processors: so each task asks for little of one."""
+
+    sandbox: Mapping[str, str] = {"cpu": "50m", "memory": "128Mi"}
+
+    def __init__(self, stack: Stack) -> None:
+        self.windows: list[Window] = []
+        self._stack, self._image = stack, stack.machine.images.reference("python")
+        with psycopg.connect(stack.database) as c:
+            self._store_id = str(c.execute("SELECT id FROM app.store").fetchall()[0][0])
+        self._provider = KubernetesProvider(
+            stack.kubeconfig("admin"), templates={"python": self._image}, pods=PodSettings(namespace=POD_NAMESPACE)
+        )
+
+    def settings(self) -> Mapping[str, str]:
+        return {
+            "SBX_MODE": "live",
+            "SBX_PROVIDER": "kubernetes",
+            "SBX_TOOLCHAINS": "",
+            "SBX_KUBERNETES_TEMPLATES": f"python={self._image}",
+        }
+
+    def failures(self, kill: Callable[[], bool]) -> Failures:
+        return {}
+
+    def look(self) -> None:
+        """Nothing to see."""
+
+    def alive(self) -> list[Owner]:
+        return list(self._provider.owned(self._store_id))
+
+    def left(self) -> list[str]:
+        return self._stack.kubectl("get", "pods", "-n", POD_NAMESPACE, "-o", "name").stdout.split()
+
+    def close(self) -> None:
+        self._provider.close()
+
+
+PLACES: Mapping[str, Callable[[Stack], Place]] = {"local": Local, "e2b": E2B, "kubernetes": Pods}
+STACKS: Mapping[str, Mapping[str, Any]] = {"kubernetes": {"node": True, "sets": ("sandbox.provider=kubernetes",)}}
 
 
 def _may_run(box: Box) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from devcluster.soak import judge, plan
 from devcluster.soak.crew import Crew
 from devcluster.soak.drive import CANCEL, NAMESPACE, Course, Drive, Due, Job
 from devcluster.soak.evidence import Store, failures
-from devcluster.soak.places import PLACES, Mock, Place
+from devcluster.soak.places import PLACES, STACKS, Mock, Place
 from devcluster.soak.report import Part
 from devcluster.soak.rows import Causes, Check, Evidence
 from devcluster.stack import Controller, Stack
@@ -68,10 +69,10 @@ class Scene:
 
 
 @contextmanager
-def scene(make: Callable[[Stack], Place], sizes: Sizes, record: Callable[[Path], None]) -> Iterator[Scene]:
-    """From nothing, and nothing is left. `record` writes the plans."""
+def scene(make: Callable[[Stack], Place], sizes: Sizes, record: Callable[[Path], None], **more: Any) -> Iterator[Scene]:
+    """From nothing, and nothing is left. `record` writes the plans; `more` is the stack's."""
     say("control plane and PostgreSQL (fsync on), from nothing")
-    with own_stack() as stack:
+    with own_stack(**more) as stack:
         fixtures, starts = stack.state / "fixtures", stack.state / "starts"
         record(fixtures)
         stack.kubectl("create", "namespace", NAMESPACE)
@@ -182,10 +183,11 @@ def sandboxes(sizes: Sizes, provider: str) -> Part:
         for job in jobs:
             plan.record(fixtures, job.goal, job.plan)
 
-    with scene(PLACES[provider], sizes, record) as it:
+    with scene(PLACES[provider], sizes, record, **STACKS.get(provider, {})) as it:
         say(f"{provider}: {sizes.tasks} tasks, and {len(jobs[1].plan)} of which some are canceled")
         dues, drive = _dues(it, sizes), it.drive(sizes.seconds)
-        courses = asyncio.run(drive.run(jobs, dues))
+        sized = [replace(job, sandbox=it.place.sandbox) for job in jobs]
+        courses = asyncio.run(drive.run(sized, dues))
         causes, checks, spoiled, lost = it.causes(), list[Check](), 0, 0
         for course in courses:
             found = it.store.gather(course.uid, shown=course.shown, largest=course.largest)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import typer
@@ -46,10 +47,10 @@ def titled(facts: dict[str, str]) -> str:
 
 
 @contextmanager
-def own_stack() -> Iterator[Stack]:
-    """A stack in a temporary directory, fsync on; both are gone afterwards."""
+def own_stack(**more: Any) -> Iterator[Stack]:
+    """A stack in a temporary directory, fsync on, with `more` of Stack's fields; both are gone afterwards."""
     state = Path(tempfile.mkdtemp(prefix="sisu-kodo-trial-"))
-    stack = Stack(state, fsync=True)
+    stack = Stack(state, fsync=True, **more)
     try:
         with stack:
             yield stack

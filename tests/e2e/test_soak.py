@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from devcluster import node
 from devcluster.stack import ROOT
 
 
@@ -52,3 +53,15 @@ def test_real_sandboxes_count_once_and_nothing_is_left_of_them(tmp_path: Path) -
         assert looked_at(part, "canceled: shown as Canceled when nothing of it was left") == 1
         assert part["figures"]["attempts that did not count"][0] > 0
     assert "E2B is restarted" in parts[1]["faults"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pods_count_once_and_nothing_is_left_of_them(tmp_path: Path) -> None:
+    if reason := node.missing():
+        pytest.skip(f"no node: {reason}")
+    args = ("--provider", "kubernetes", "--tasks", "24", "--kills", "1", "--stops", "0")
+    (part,) = soak(tmp_path / "verdict.json", "sandbox", *args)
+    assert looked_at(part, "mixed: one outcome accepted per task") == 24
+    assert looked_at(part, "no sandbox lived on beside the start of a newer one") > 0, "Pods were seen"
+    assert part["figures"]["attempts that did not count"][0] > 0
