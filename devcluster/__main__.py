@@ -136,7 +136,7 @@ def start(state: State = None, sandboxes: Sandboxes = "live") -> None:
         stack.database = stack.database_url or (stack.postgres.dsn if stack.postgres else "")
         settings = {"SBX_MODE": sandboxes, "ADMIN_PORT": os.environ.get("ADMIN_PORT", "3002"), **_opencode(home)}
         if sandboxes == "live":
-            settings["SBX_TOOLCHAINS"] = str(toolchain())
+            settings |= stack.pods() if stack.machine.running else {"SBX_TOOLCHAINS": str(toolchain())}
         os.chdir(ROOT)
         os.execve(sys.executable, [sys.executable, "-m", "controller", "run"], stack.environment(**settings))
 
@@ -222,7 +222,8 @@ def _start_controller(stack: Stack, home: Path) -> None:
     if running is None:
         if ocdaemon.mode(os.environ) != "replay" and ocdaemon.running(home) is None:
             _start_opencode(home)
-        running = stack.controller(SBX_MODE="live", SBX_PROVIDER="local", **_opencode(home))
+        sandboxes = stack.pods() if stack.machine.running else {"SBX_MODE": "live", "SBX_PROVIDER": "local"}
+        running = stack.controller(**sandboxes, **_opencode(home))
         (home / RECORD).write_text(json.dumps({"child": running.child.record(), "admin": running.admin}))
         say(f"controller: started; it logs to {running.log}")
     print(f"admin       {running.admin}  (/healthz /readyz /metrics)")

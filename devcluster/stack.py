@@ -110,6 +110,8 @@ class Stack:
         self.state.mkdir(parents=True, exist_ok=True)
         self.cluster = ControlPlane(self.state, detach=self.detach, node=self.node)
         self.machine = Node(self.cluster, detach=self.detach)
+        if self.node:
+            self.sets = ("sandbox.provider=kubernetes", *self.sets)
 
     def __enter__(self) -> Stack:
         try:
@@ -145,6 +147,15 @@ class Stack:
         self.migrate(self.database)
         self.write_policy()
         self.wait_enforced()
+
+    def pods(self) -> dict[str, str]:
+        """A worker's settings that make its sandboxes Pods on the node; the chart has given it the rights."""
+        return {
+            "SBX_MODE": "live",
+            "SBX_PROVIDER": "kubernetes",
+            "SBX_TOOLCHAINS": "",
+            "SBX_KUBERNETES_TEMPLATES": f"python={self.machine.images.reference('python')}",
+        }
 
     def sandboxes(self) -> Path:
         """Where local sandboxes keep their files: in `state`, or, when that is closed to their users, behind a link from it."""

@@ -227,20 +227,15 @@ class Pods:
 
     def __init__(self, stack: Stack) -> None:
         self.windows: list[Window] = []
-        self._stack, self._image = stack, stack.machine.images.reference("python")
+        self._stack = stack
         with psycopg.connect(stack.database) as c:
             self._store_id = str(c.execute("SELECT id FROM app.store").fetchall()[0][0])
         self._provider = KubernetesProvider(
-            stack.kubeconfig("admin"), templates={"python": self._image}, pods=PodSettings(namespace=POD_NAMESPACE)
+            stack.kubeconfig("admin"), templates={}, pods=PodSettings(namespace=POD_NAMESPACE)
         )
 
     def settings(self) -> Mapping[str, str]:
-        return {
-            "SBX_MODE": "live",
-            "SBX_PROVIDER": "kubernetes",
-            "SBX_TOOLCHAINS": "",
-            "SBX_KUBERNETES_TEMPLATES": f"python={self._image}",
-        }
+        return self._stack.pods()
 
     def failures(self, kill: Callable[[], bool]) -> Failures:
         return {}
@@ -259,7 +254,7 @@ class Pods:
 
 
 PLACES: Mapping[str, Callable[[Stack], Place]] = {"local": Local, "e2b": E2B, "kubernetes": Pods}
-STACKS: Mapping[str, Mapping[str, Any]] = {"kubernetes": {"node": True, "sets": ("sandbox.provider=kubernetes",)}}
+STACKS: Mapping[str, Mapping[str, Any]] = {"kubernetes": {"node": True}}
 
 
 def _may_run(box: Box) -> bool:

@@ -28,7 +28,7 @@ def stack() -> Iterator[Stack]:
     """Control plane, node, PostgreSQL and the chart; the controller has the rights that the chart gives it."""
     if reason := node.missing():
         pytest.skip(f"no node: {reason}")
-    with scratch() as state, Stack(state, node=True, fsync=False, sets=("sandbox.provider=kubernetes",)) as running:
+    with scratch() as state, Stack(state, node=True, fsync=False) as running:
         yield running
 
 
@@ -40,14 +40,7 @@ def product(stack: Stack, request: pytest.FixtureRequest) -> Iterator[Product]:
 
 
 def start(product: Product) -> Controller:
-    image = product.stack.machine.images.reference("python")
-    return product.start(
-        SBX_MODE="live",
-        SBX_PROVIDER="kubernetes",
-        SBX_TOOLCHAINS="",
-        SBX_KUBERNETES_TEMPLATES=f"python={image}",
-        SBX_ORPHAN_GRACE_SECONDS=str(GRACE),
-    )
+    return product.start(**product.stack.pods(), SBX_ORPHAN_GRACE_SECONDS=str(GRACE))
 
 
 def pods(stack: Stack) -> list[str]:
