@@ -28,6 +28,7 @@ from controller.sbx.e2b_calls import Bounds, load
 from controller.sbx.loop import Loop
 from controller.sbx.output import STREAM_LIMIT
 from controller.sbx.runs import Attempted, Run, Runs
+from controller.sbx.sweep import Sweep
 from controller.sbx.task import COLLECTED, Verdict, settle
 from controller.sbx.uploads import log_start
 
@@ -67,6 +68,7 @@ class E2BProvider:
         self._api = Api(account, bounds=self._bounds)
         self._told: set[str] = set()
         self._loop = Loop("e2b")
+        self._sweep = Sweep(self._loop, kill=self._api.kill_marked, told=e2b_errors.told, pauses=self._bounds.sweeps)
         self._runs: Runs[Build] = Runs("e2b", loop=self._loop, output_limit=output_limit, observe=observe)
 
     @property
@@ -145,11 +147,11 @@ class E2BProvider:
             try:
                 return await self._create(run)
             except asyncio.CancelledError:
-                await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+                await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
                 raise
             except Exception as e:  # noqa: BLE001 - translated, whatever it is
                 if e2b_errors.undecided(e):
-                    await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+                    await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
                 return e2b_errors.of_create(e)
 
     async def _create(self, run: Run[Build]) -> AsyncSandbox:
@@ -224,24 +226,6 @@ class E2BProvider:
                 return
             except Exception as e:  # noqa: BLE001 - told, and tried once more
                 log.warning("e2b_kill_failed", extra={"sandbox": sandbox_id, "error": e2b_errors.told(e)})
-
-    async def _sweep(self, owner: Owner) -> None:
-        """A create had no answer: a look at once, and, should it have come to nothing, more of them in the background."""
-        if not await self._swept(owner):
-            self._loop.spawn(self._sweep_on(owner))
-
-    async def _sweep_on(self, owner: Owner) -> None:
-        for pause in self._bounds.sweeps:
-            await asyncio.sleep(pause)
-            if await self._swept(owner):
-                return
-
-    async def _swept(self, owner: Owner) -> int:
-        try:
-            return await self._api.kill_marked(owner)
-        except Exception as e:  # noqa: BLE001 - told, and tried again
-            log.warning("e2b_sweep_failed", extra={"task_key": owner.task_key, "error": e2b_errors.told(e)})
-            return 0
 
 
 def _told(ask: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from controller.sbx.kubernetes_errors import ApiError
 from controller.sbx.kubernetes_pod import PodSettings, name_of, owner_of
 from controller.sbx.loop import Loop
 from controller.sbx.runs import Run
+from controller.sbx.sweep import Sweep
 from controller.sbx.task import Verdict
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Lifecycle:
 
     def __init__(self, api: Api, *, pods: PodSettings, bounds: Bounds, loop: Loop) -> None:
         self._api, self._pods, self._bounds, self._loop = api, pods, bounds, loop
+        self._sweep = Sweep(loop, kill=self.kill, told=kubernetes_errors.told, pauses=bounds.sweeps)
         self._policies: dict[str, float] = {}  # egress label → until when its policy needs no look
 
     async def make(self, run: Run[str]) -> Pod | Verdict:
@@ -45,11 +47,11 @@ class Lifecycle:
                 return Verdict(code=ErrCode.BOOT_FAIL, note=complaint)
             return await self._patiently(lambda: self._create(run), run)
         except asyncio.CancelledError:
-            await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+            await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
             raise
         except Exception as e:  # noqa: BLE001 - translated, whatever it is
             if kubernetes_errors.undecided(e):
-                await asyncio.wait({self._loop.spawn(self._sweep(run.owner))})
+                await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
             return kubernetes_errors.of_create(e)
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]], run: Run[str]) -> T:
@@ -144,25 +146,6 @@ class Lifecycle:
             except Exception as e:  # noqa: BLE001 - told, and tried once more
                 facts = {"pod": name_of(owner), "task_key": owner.task_key, "error": kubernetes_errors.told(e)}
                 log.warning("sandbox_delete_unconfirmed", extra=facts)
-
-    async def _sweep(self, owner: Owner) -> None:
-        """A create had no answer: a look at once, and, should it have come to nothing, more of them in the background."""
-        if not await self._swept(owner):
-            self._loop.spawn(self._sweep_on(owner))
-
-    async def _sweep_on(self, owner: Owner) -> None:
-        for pause in self._bounds.sweeps:
-            await asyncio.sleep(pause)
-            if await self._swept(owner):
-                return
-
-    async def _swept(self, owner: Owner) -> int:
-        try:
-            return await self.kill(owner)
-        except Exception as e:  # noqa: BLE001 - told, and tried again
-            facts = {"task_key": owner.task_key, "error": kubernetes_errors.told(e)}
-            log.warning("sandbox_sweep_failed", extra=facts)
-            return 0
 
 
 def _same(found: Owner | None, owner: Owner) -> bool:
