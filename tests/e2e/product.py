@@ -36,17 +36,13 @@ class Product:
     def __exit__(self, *exc: object) -> None:
         for one in self.controllers:
             one.stop()
-        # No controller holds the finalizers any more, so Intents go at once.
-        for item in self.objects("intents"):
-            patch = (
-                "patch",
-                "intent",
-                item["metadata"]["name"],
-                "--type=merge",
-                "-p",
-                '{"metadata":{"finalizers":null}}',
-            )
-            self.stack.kubectl("-n", self.namespace, *patch, user="controller", check=False)
+        # No controller holds the finalizers any more, so Intents go at once. All of them: the kind itself is deleted by some tests.
+        patch = ("--type=merge", "-p", '{"metadata":{"finalizers":null}}')
+        deadline = time.monotonic() + 20
+        while held := [i["metadata"]["name"] for i in self.objects("intents") if i["metadata"].get("finalizers")]:
+            for name in held:
+                self.kubectl("patch", "intent", name, *patch, user="controller", check=False)
+            assert time.monotonic() < deadline, f"{held} keep their finalizers"
         self.stack.kubectl("delete", "namespace", self.namespace, "--wait=false")
 
     # ------------------------------------------------------------------ the product

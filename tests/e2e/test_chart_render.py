@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -561,7 +562,10 @@ def test_install_upgrade_uninstall(plane: ControlPlane, tmp_path: Path) -> None:
     assert len(names("deployment", "-n", RELEASED)) == 1
 
     intent = {"apiVersion": "sisukodo.dev/v1alpha1", "kind": "Intent", "metadata": {"name": "kept"}}
-    plane.kubectl("apply", "-n", "default", "-f", "-", stdin=json.dumps({**intent, "spec": {"goal": "stay"}}))
+    body, deadline = json.dumps({**intent, "spec": {"goal": "stay"}}), time.monotonic() + 30
+    # "There can be a delay between when CustomResourceDefinitions are created and when they are available."
+    while plane.kubectl("apply", "-n", "default", "-f", "-", stdin=body, check=False).returncode != 0:
+        assert time.monotonic() < deadline, "the kind is not served"
     helm("uninstall", "sisu-kodo", "-n", RELEASED, "--no-hooks", "--wait", *kubeconfig)
     assert names("crd") == [
         f"customresourcedefinition.apiextensions.k8s.io/{p}.sisukodo.dev" for p in ("intents", "planapprovals")

@@ -161,7 +161,7 @@ def without_the_kind(product: Product) -> Iterator[None]:
     for name in [one["metadata"]["name"] for one in product.objects("intents")]:
         patch = '{"metadata":{"finalizers":null}}'
         product.kubectl("patch", "intent", name, "--type=merge", "-p", patch, user="controller")
-    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=30s")
+    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=90s")
     try:
         yield
     finally:
@@ -229,7 +229,7 @@ def test_deleting_the_kind_deletes_its_intents_and_so_cancels_their_runs(product
         product.wait_phase(name, "WaitingInput")
     product.vote("busy")
     product.wait(lambda: sum(product.starts().values()) == 1, "the task has begun")
-    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=30s")
+    product.stack.kubectl("delete", "crd", "intents.sisukodo.dev", "--timeout=90s")
     product.stack.install()
     canceled_both = [("busy", "canceled", "Deleted"), ("idle", "canceled", "Deleted")]
     assert product.sql(BY_NAME) == canceled_both
