@@ -310,7 +310,7 @@ def test_without_its_network_policy_nothing_runs(both: tuple[Kit, PodsServer], m
 
 def test_host_names_are_refused(both: tuple[Kit, PodsServer]) -> None:
     kit, server = both
-    egress = Egress(mode="Allow", allow=("pypi.org",))
+    egress = Egress(mode="Allow", allow=("files.example",))
     out = kit.run("echo never", egress=egress)
     assert out.res.err_code is ErrCode.BOOT_FAIL and "spec.sandbox.egress.mode" in out.res.stderr
     assert isinstance(kit.provider, KubernetesProvider)

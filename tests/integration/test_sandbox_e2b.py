@@ -93,8 +93,8 @@ def test_memory_processes_and_files_are_limited_in_the_box(both: tuple[Kit, Serv
     [
         (Egress(mode="Public"), {"allow_internet_access": True}),
         (
-            Egress(mode="Allow", allow=("pypi.org", "files.pythonhosted.org")),
-            {"network": {"allowOut": ["pypi.org", "files.pythonhosted.org"], "denyOut": ["0.0.0.0/0"]}},
+            Egress(mode="Allow", allow=("files.example", "more.example")),
+            {"network": {"allowOut": ["files.example", "more.example"], "denyOut": ["0.0.0.0/0"]}},
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_egress_is_what_create_asks_for(both: tuple[Kit, Server], egress: Egress
     assert {name: asked[name] for name in ("allow_internet_access", "network") if name in asked} == sent
 
 
-@pytest.mark.parametrize("allow", [("pypi.org:443",), ()])
+@pytest.mark.parametrize("allow", [("files.example:443",), ()])
 def test_egress_that_cannot_be_enforced_makes_no_box(both: tuple[Kit, Server], allow: tuple[str, ...]) -> None:
     kit, server = both
     out = kit.run("echo never", egress=Egress(mode="Allow", allow=allow))

@@ -157,7 +157,7 @@ def test_a_template_is_its_image_by_digest(provider: KubernetesProvider) -> None
         ({"env_ref": f"kubernetes:base@{IMAGE}"}, "spec.sandbox.template"),
         ({"env_ref": f"kubernetes:python@{IMAGE[:-1]}b"}, "spec.sandbox.template"),
         ({"env_ref": "kubernetes:python"}, "spec.sandbox.template"),
-        ({"egress": Egress(mode="Allow", allow=("pypi.org",))}, "spec.sandbox.egress.mode"),
+        ({"egress": Egress(mode="Allow", allow=("files.example",))}, "spec.sandbox.egress.mode"),
         ({"egress": Egress(mode="Allow")}, "spec.sandbox.egress.mode"),
         ({"workdir": "/etc"}, "spec.sandbox"),
         ({"workdir": "/workspace/../etc"}, "spec.sandbox"),
