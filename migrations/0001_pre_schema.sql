@@ -203,18 +203,22 @@ CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS
     SELECT 1 FROM app.sbx_runs d WHERE d.run_id = t.run_id AND d.generation = t.generation AND d.task_id = ANY (t.depends) AND d.status <> 'succeeded')
 $$;
 
--- Milliseconds of sandboxes that the approved plan may still reserve; NULL: plenty, without looking. A task reserves its time limit
--- when it gets a window slot, and what its attempts really took stays. As long as all slots, busy from the beginning, could not have
--- used the minutes up, nobody needs to count; from then on whoever picks tasks holds the run's row lock.
+-- Whether sandbox minutes could have been used up by now: by all slots, busy from the beginning. Until then nobody needs to count;
+-- from then on whoever picks tasks holds the run's row lock.
+CREATE FUNCTION app.minutes_matter(r app.runs) RETURNS boolean LANGUAGE sql VOLATILE AS $$
+  SELECT coalesce((r.settings->>'parallelism')::int
+         * (1000 * extract(epoch FROM clock_timestamp() - r.executing_since)::double precision + 1000 * (r.settings->>'task_timeout_seconds')::int)
+         > (r.settings->>'max_sandbox_minutes')::bigint * 60000, true)
+$$;
+
+-- Milliseconds of sandboxes that the approved plan may still reserve; NULL: plenty. A task reserves its time limit when it gets a
+-- window slot, and what its attempts really took stays.
 CREATE FUNCTION app.sandbox_room(r app.runs) RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
-DECLARE v_all bigint := (r.settings->>'max_sandbox_minutes')::bigint * 60000; v_elapsed double precision;
 BEGIN
-  v_elapsed := 1000 * extract(epoch FROM clock_timestamp() - r.executing_since);
-  IF (r.settings->>'parallelism')::int * (v_elapsed + 1000 * (r.settings->>'task_timeout_seconds')::int) <= v_all THEN
-    RETURN NULL;
-  END IF;
-  RETURN v_all - (SELECT coalesce(sum(t.spent_ms + CASE WHEN t.status IN ('queued','running') AND t.workflow_id IS NOT NULL THEN t.timeout_ms ELSE 0 END), 0)
-                    FROM app.sbx_runs t WHERE t.run_id = r.id AND t.generation = r.plan_no);
+  IF NOT app.minutes_matter(r) THEN RETURN NULL; END IF;
+  RETURN (r.settings->>'max_sandbox_minutes')::bigint * 60000 - (
+    SELECT coalesce(sum(t.spent_ms + CASE WHEN t.status IN ('queued','running') AND t.workflow_id IS NOT NULL THEN t.timeout_ms ELSE 0 END), 0)
+      FROM app.sbx_runs t WHERE t.run_id = r.id AND t.generation = r.plan_no);
 END $$;
 
 -- Fills the window of an executing run; how many TaskWF were enqueued. The caller has locked the run's row. Tasks are taken in the
@@ -302,7 +306,7 @@ BEGIN
 
   IF v_run.status = 'running' AND v_run.stage = 'execute' THEN
     v_fast := p_status = 'failed' AND v_run.settings->>'on_failure' = 'FailFast';
-    v_turns := v_run.depends OR app.sandbox_room(v_run) IS NOT NULL;
+    v_turns := v_run.depends OR app.minutes_matter(v_run);
     IF v_turns OR v_fast THEN
       -- Two finishers may together make a task ready that neither sees alone, or take the same minutes: they take turns.
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;

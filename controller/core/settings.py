@@ -13,7 +13,7 @@ from typing import Any
 from controller.core.errors import InvalidIntent
 
 DEFAULT_RECIPE = "sandbox-default"
-RUN_ALL, FAIL_FAST = "RunAll", "FailFast"
+RUN_ALL = "RunAll"
 MAX_PARALLELISM = 64  # "unlimited" must be a finite window, or no task can be carried on
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from controller.core.errors import Permanent
 from controller.core.settings import DEFAULT_RECIPE, RUN_ALL, Policy, Recipe
 
+M = TypeVar("M", bound=BaseModel)
 Cap = Annotated[int, Field(ge=1)] | None
 
 
@@ -65,12 +66,7 @@ class Policies:
     def of(self, namespace: str) -> Policy:
         """The policy of one namespace: its own fields over the default's. Raises Permanent naming a bad field."""
         merged = {**self._default, **(self._namespaces.get(namespace) or {})}
-        try:
-            rules = _Rules.model_validate(merged)
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"]))
-            raise Permanent(f"POLICY_FILE: {namespace or 'default'}.{field}: {first['msg']}") from e
+        rules = _validated(_Rules, merged, namespace or "default")
         if unknown := set(rules.recipes) - set(self._recipes):
             known = ", ".join(sorted(self._recipes)) or "none"
             raise Permanent(
@@ -88,12 +84,16 @@ class Policies:
         )
 
 
-def _recipe(name: str, rules: Any) -> Recipe:
+def _validated(model: type[M], value: Any, where: str) -> M:
     try:
-        one = _Recipe.model_validate(rules)
+        return model.model_validate(value)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        raise Permanent(f"POLICY_FILE: {'.'.join(map(str, ('recipes', name, *first['loc'])))}: {first['msg']}") from e
+        raise Permanent(f"POLICY_FILE: {'.'.join(map(str, (where, *first['loc'])))}: {first['msg']}") from e
+
+
+def _recipe(name: str, rules: Any) -> Recipe:
+    one = _validated(_Recipe, rules, f"recipes.{name}")
     return Recipe(
         on_failure=one.onFailure,
         max_tasks=one.maxTasks,

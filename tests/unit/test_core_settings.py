@@ -11,7 +11,6 @@ import pytest
 
 from controller.core.errors import InvalidIntent, Permanent
 from controller.core.settings import (
-    FAIL_FAST,
     MAX_PARALLELISM,
     Policy,
     Recipe,
@@ -202,7 +201,7 @@ def test_what_is_no_memory_quantity_is_refused(text: str) -> None:
 
 
 def test_a_recipe_says_what_follows_a_failure_and_caps_the_limits() -> None:
-    recipe = Recipe(on_failure=FAIL_FAST, max_tasks=5, parallelism=2, timeout_seconds=60, max_sandbox_minutes=3)
+    recipe = Recipe(on_failure="FailFast", max_tasks=5, parallelism=2, timeout_seconds=60, max_sandbox_minutes=3)
     policy = replace(POLICY, recipes={"small": recipe})
     capped = effective({"recipe": "small"}, namespace="team", policy=policy)
     assert capped.on_failure == "FailFast"
