@@ -1,4 +1,7 @@
-"""The command line: `python -m controller run | oc-daemon | migrate | artifact`. Exit codes: 0 fine, 2 bad configuration, 75 fenced off."""
+"""The command line: `python -m controller run | oc-daemon | migrate | artifact | sandbox-pool`.
+
+Exit codes: 0 fine, 2 bad configuration, 75 fenced off.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import sys
 from typing import Annotated
 
 import typer
+import yaml
 
 from controller import config, log
+from controller.core.contract import Egress, Limits
 from controller.core.errors import SisuError
 
 cli = typer.Typer(
@@ -23,6 +28,13 @@ class Role(enum.StrEnum):
     ALL = "all"
     CONTROLLER = "controller"
     WORKER = "worker"
+
+
+class PoolEgress(enum.StrEnum):
+    """What a NetworkPolicy can hold to."""
+
+    NONE = "None"
+    PUBLIC = "Public"
 
 
 def _settings() -> config.Settings:
@@ -112,6 +124,37 @@ def artifact(
         raise typer.Exit(1)
     for uri, size in listed:
         typer.echo(f"{size:>10} {uri}")
+
+
+@cli.command("sandbox-pool")
+def sandbox_pool(
+    template: Annotated[str, typer.Argument(metavar="TEMPLATE", help="one of SBX_KUBERNETES_TEMPLATES")],
+    name: Annotated[str, typer.Option(help="of the two objects; default: TEMPLATE and the egress")] = "",
+    replicas: Annotated[int, typer.Option(min=0, help="Pods that wait for a task")] = 2,
+    egress: Annotated[PoolEgress, typer.Option(help="of the tasks that it serves")] = PoolEgress.NONE,
+    cpu_millis: Annotated[int, typer.Option(min=1, help="limits of the tasks that it serves")] = Limits().cpu_millis,
+    memory_mb: Annotated[int, typer.Option(min=1, metavar="MIB")] = Limits().memory_mb,
+    disk_mb: Annotated[int, typer.Option(min=1, metavar="MIB")] = Limits().disk_mb,
+) -> None:
+    """Print a warm pool of agent-sandbox for `kubectl apply -f -`; needs SBX_KUBERNETES_CLAIMS=true. See docs/sandbox-pods.md.
+
+    A pool serves the tasks whose image, limits and egress are exactly its own. Print it again after an upgrade.
+    """
+    from controller import main
+    from controller.sbx import kubernetes_claims, kubernetes_pod
+
+    settings = _settings()
+    image = settings.kubernetes_templates.get(template)
+    if image is None:
+        known = ", ".join(sorted(settings.kubernetes_templates)) or "nothing"
+        typer.echo(f"sandbox-pool: {template!r} is unknown; SBX_KUBERNETES_TEMPLATES has: {known}", err=True)
+        raise typer.Exit(2)
+    limits = Limits(cpu_millis=cpu_millis, memory_mb=memory_mb, disk_mb=disk_mb)
+    pods = main.pod_settings(settings)
+    pod = kubernetes_pod.template(limits, Egress(mode=egress.value), image=image, settings=pods)
+    name = name or f"{template}-{egress.value.lower()}"
+    objects = kubernetes_claims.pool(name, pod, settings=pods, replicas=replicas)
+    typer.echo(yaml.safe_dump_all(objects, sort_keys=False), nl=False)
 
 
 if __name__ == "__main__":

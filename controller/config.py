@@ -117,6 +117,11 @@ class Settings(BaseModel):
     sbx_kubernetes_boot_seconds: float = Field(
         120.0, alias="SBX_KUBERNETES_BOOT_SECONDS", ge=5, le=3600, description="from a Pod's creation until it runs"
     )
+    sbx_kubernetes_claims: bool = Field(
+        False,
+        alias="SBX_KUBERNETES_CLAIMS",
+        description="take Pods from warm pools of agent-sandbox where one fits; true or false",
+    )
     sbx_start_log: Path | None = Field(
         None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
     )

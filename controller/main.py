@@ -160,20 +160,25 @@ def _kubernetes(settings: Settings) -> SandboxProvider:
     if not settings.sbx_kubernetes_templates:
         needs = "SBX_PROVIDER=kubernetes needs it (docs/configuration.md)"
         raise ConfigError(f"SBX_KUBERNETES_TEMPLATES is not set; {needs}")
-    pods = PodSettings(
+    return KubernetesProvider(
+        settings.kubeconfig,
+        templates=settings.kubernetes_templates,
+        pods=pod_settings(settings),
+        start_log=settings.sbx_start_log,
+        observe=partial(_observe_stage, "kubernetes"),
+    )
+
+
+def pod_settings(settings: Settings) -> PodSettings:
+    """What all sandbox Pods have in common."""
+    return PodSettings(
         namespace=settings.sbx_kubernetes_namespace,
         runtime_class=settings.sbx_kubernetes_runtime_class,
         pull_secrets=[name for name in settings.sbx_kubernetes_pull_secrets.split(",") if name],
         node_selector=settings.kubernetes_node_selector,
         tolerations=settings.kubernetes_tolerations,
         boot=settings.sbx_kubernetes_boot_seconds,
-    )
-    return KubernetesProvider(
-        settings.kubeconfig,
-        templates=settings.kubernetes_templates,
-        pods=pods,
-        start_log=settings.sbx_start_log,
-        observe=partial(_observe_stage, "kubernetes"),
+        claims=settings.sbx_kubernetes_claims,
     )
 
 

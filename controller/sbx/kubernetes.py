@@ -17,10 +17,10 @@ from controller.core.errors import InvalidIntent, SisuError, Unavailable
 from controller.core.model import Artifact, Chunk, Owner
 from controller.sbx import kubernetes_errors, kubernetes_pod, result
 from controller.sbx.artifacts import Caps
-from controller.sbx.kubernetes_api import Api, Bounds
+from controller.sbx.kubernetes_api import PODS, Api, Bounds
 from controller.sbx.kubernetes_box import PodTask, command_line
 from controller.sbx.kubernetes_life import Lifecycle
-from controller.sbx.kubernetes_pod import PodSettings, name_of, owner_of
+from controller.sbx.kubernetes_pod import PodSettings
 from controller.sbx.loop import Loop
 from controller.sbx.output import STREAM_LIMIT
 from controller.sbx.runs import Attempted, Run, Runs
@@ -71,7 +71,7 @@ class KubernetesProvider:
 
     def check(self, request: SBXReq) -> str:
         """The image. Raises InvalidIntent when this provider cannot run the request as it is meant."""
-        kubernetes_pod.egress_label(request)
+        kubernetes_pod.egress_label(request.egress)
         result.check(request)
         if any(not name.isidentifier() or not name.isascii() for name in request.env):
             raise InvalidIntent("spec.sandbox", "a shell cannot export a variable of this name")
@@ -101,9 +101,7 @@ class KubernetesProvider:
         return self._told(self._life.kill(owner))
 
     def owned(self, store_id: str) -> Sequence[Owner]:
-        pods = self._told(self._api.list_all(kubernetes_pod.selector(store_id)))
-        owners = (owner_of(pod) for pod in pods)
-        return [owner for owner in owners if owner is not None and owner.store_id == store_id]
+        return self._told(self._life.owned(store_id))
 
     def _told(self, work: Coroutine[Any, Any, T]) -> T:
         try:
@@ -119,20 +117,23 @@ class KubernetesProvider:
         made = await self._life.make(run)
         if isinstance(made, Verdict):
             return made, []
-        run.ref = f"kubernetes:{self._namespace}/{made['metadata']['name']}"
+        run.ref = f"kubernetes:{self._namespace}/{'' if made.kind is PODS else 'sandboxclaim/'}{made.name}"
         try:
-            if verdict := await self._life.boot(made, run):
-                return verdict, []
+            pod = await self._life.boot(made, run)
+            if isinstance(pod, Verdict):
+                return pod, []
             self._runs.took("create", time.monotonic() - started)
-            return await self._inside(run)
+            return await self._inside(run, pod, replaceable=made.kind is not PODS)
         finally:
             # In a task of its own: a cancel that comes now must not leave the Pod alive.
-            await asyncio.wait({self._loop.spawn(self._life.end(run.owner, made["metadata"]["uid"]))})
+            await asyncio.wait({self._loop.spawn(self._life.end(run.owner, made))})
 
-    async def _inside(self, run: Run[str]) -> Attempted:
+    async def _inside(self, run: Run[str], pod: dict[str, Any], *, replaceable: bool) -> Attempted:
         task = PodTask(
             api=self._api,
-            pod=name_of(run.owner),
+            pod=pod["metadata"]["name"],
+            uid=pod["metadata"]["uid"],
+            replaceable=replaceable,
             request=run.request,
             bounds=self._bounds,
             caps=self._caps,

@@ -1,4 +1,4 @@
-"""The API server as the kubernetes provider needs it: Pods, exec streams and NetworkPolicies of one namespace. On the loop of its user.
+"""The API server as the kubernetes provider needs it: objects and exec streams of one namespace. On the loop of its user.
 
 Objects stay plain JSON, and one keep-alive session serves all calls. The client library gives what it knows best: where the API
 server is, whom it trusts, and the credentials, which may change while we run.
@@ -27,6 +27,19 @@ Object = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Objects of one kind, by where the API server has them. `cascade`: gone is one only when what it owns is gone, too."""
+
+    api: str
+    plural: str
+    cascade: bool = False
+
+
+PODS = Kind(api="/api/v1", plural="pods")
+POLICIES = Kind(api="/apis/networking.k8s.io/v1", plural="networkpolicies")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bounds:
     """Seconds. Every wait for the cluster is one of these, or PodSettings.boot."""
 
@@ -45,9 +58,7 @@ class Api:
 
     def __init__(self, kubeconfig: Path | None, *, namespace: str, bounds: Bounds) -> None:
         """Asks nothing yet. Without a kubeconfig: the service account of the Pod that we run in."""
-        self._kubeconfig, self._bounds = kubeconfig, bounds
-        self._core, self._pods = "/api/v1", f"/api/v1/namespaces/{namespace}/pods"
-        self._policies = f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies"
+        self._kubeconfig, self._namespace, self._bounds = kubeconfig, namespace, bounds
         self._opening = asyncio.Lock()
         self._opened: tuple[client.ApiClient, aiohttp.ClientSession] | None = None
 
@@ -56,37 +67,35 @@ class Api:
         if self._opened is not None:
             await self._opened[1].close()
 
-    async def create(self, pod: Object) -> Object:
-        """The Pod as it was made. ApiError 409 when one of this name exists."""
-        return await self._bounded("POST", self._pods, body=pod)
+    async def create(self, kind: Kind, body: Object) -> Object:
+        """The object as it was made. ApiError 409 when one of this name exists."""
+        return await self._bounded("POST", self._path(kind), body=body)
 
-    async def get(self, name: str) -> Object | None:
+    async def get(self, kind: Kind, name: str) -> Object | None:
         """None when there is none."""
-        return await self._found(f"{self._pods}/{name}")
+        return await self._found(self._path(kind, name))
 
-    async def policy(self, name: str) -> Object | None:
-        """A NetworkPolicy; None when there is none."""
-        return await self._found(f"{self._policies}/{name}")
-
-    async def list_all(self, selector: str) -> list[Object]:
-        """Every Pod with these labels, on all pages."""
+    async def list_all(self, kind: Kind, selector: str = "") -> list[Object]:
+        """Every one with these labels, on all pages. None where the cluster does not know the kind."""
         found: list[Object] = []
         params = {"labelSelector": selector, "limit": str(PAGE)}
-        while True:
-            page = await self._bounded("GET", self._pods, params=params)
+        while (page := await self._found(self._path(kind), params)) is not None:
             found += page["items"]
             token = page["metadata"].get("continue")
             if not token:
-                return found
+                break
             params["continue"] = token
+        return found
 
-    async def delete(self, name: str, uid: str, *, force: bool = False) -> None:
-        """Asks for exactly this Pod's end. Another one of its name, or none, is none of our business."""
+    async def delete(self, kind: Kind, name: str, uid: str, *, force: bool = False) -> None:
+        """Asks for exactly this one's end. Another one of its name, or none, is none of our business."""
         body: Object = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+        if kind.cascade:
+            body["propagationPolicy"] = "Foreground"
         if force:
             body["gracePeriodSeconds"] = 0
         try:
-            await self._bounded("DELETE", f"{self._pods}/{name}", body=body)
+            await self._bounded("DELETE", self._path(kind, name), body=body)
         except ApiError as e:
             if e.status not in (404, 409):
                 raise
@@ -106,7 +115,7 @@ class Api:
         params += [("command", one) for one in command]
         try:
             opening = session.ws_connect(
-                f"{api.configuration.host}{self._pods}/{name}/exec",
+                f"{api.configuration.host}{self._path(PODS, name)}/exec",
                 params=params,
                 protocols=PROTOCOLS,
                 headers=await self._headers(api),
@@ -118,9 +127,12 @@ class Api:
         except aiohttp.WSServerHandshakeError as e:
             raise ApiError(e.status, e.message) from e
 
-    async def _found(self, path: str) -> Object | None:
+    def _path(self, kind: Kind, name: str = "") -> str:
+        return f"{kind.api}/namespaces/{self._namespace}/{kind.plural}" + (f"/{name}" if name else "")
+
+    async def _found(self, path: str, params: Mapping[str, str] | None = None) -> Object | None:
         try:
-            return await self._bounded("GET", path)
+            return await self._bounded("GET", path, params=params)
         except ApiError as e:
             if e.status == 404:
                 return None

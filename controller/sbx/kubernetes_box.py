@@ -17,7 +17,7 @@ from controller.core.contract import ErrCode, SBXReq
 from controller.core.model import Artifact
 from controller.sbx import artifacts, kubernetes_errors, remote
 from controller.sbx.jail import OUTPUT, WORKSPACE
-from controller.sbx.kubernetes_api import Api, Bounds
+from controller.sbx.kubernetes_api import PODS, Api, Bounds
 from controller.sbx.kubernetes_errors import ExecFailed
 from controller.sbx.limits import MIB, rlimits
 from controller.sbx.loop import give_up, within
@@ -59,10 +59,15 @@ class Facts:
 
 @dataclass(kw_only=True)
 class PodTask:
-    """Also the remote.Shell of its Pod. `say(kind, data)` gets the output and `note` lines of ours; neither may block."""
+    """Also the remote.Shell of its Pod. `say(kind, data)` gets the output and `note` lines of ours; neither may block.
+
+    `replaceable`: should the Pod be deleted, another of its name may take its place (agent-sandbox does that).
+    """
 
     api: Api
     pod: str
+    uid: str
+    replaceable: bool = False
     request: SBXReq
     bounds: Bounds
     caps: artifacts.Caps
@@ -117,8 +122,8 @@ class PodTask:
 
     async def _end(self) -> Verdict | None:
         """How the Pod ended, if it did."""
-        pod = await within(self.bounds.probe, self.api.get(self.pod), "look at the Pod")
-        if pod is None:
+        pod = await within(self.bounds.probe, self.api.get(PODS, self.pod), "look at the Pod")
+        if pod is None or pod["metadata"]["uid"] != self.uid:
             verdict: Verdict | None = Verdict(code=ErrCode.LOST, note="the Pod is gone")
         else:
             verdict = kubernetes_errors.of_pod(pod, self.request.limits)
@@ -163,6 +168,8 @@ class PodTask:
         """From the exit code, if there is one; else, or when it may have been killed from outside, from the Pod."""
         try:
             code = running.result()
+            if self.replaceable and (verdict := await self._end()):  # it may have run in another Pod, without its files
+                return verdict
         except Exception as e:  # noqa: BLE001 - translated, whatever it is
             return await self._explained(e)
         try:

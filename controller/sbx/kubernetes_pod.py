@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from controller.core.contract import SBXReq
+from controller.core.contract import Egress, Limits
 from controller.core.errors import InvalidIntent
 from controller.core.model import Owner
 from controller.sbx.jail import OUTPUT, WORKSPACE
@@ -43,7 +43,10 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PodSettings:
-    """What all Pods have in common. `boot` is how many seconds a Pod may take until it runs, pulling its image included."""
+    """What all Pods have in common. `boot` is how many seconds a Pod may take until it runs, pulling its image included.
+
+    `claims`: taken from warm pools of agent-sandbox, where one fits.
+    """
 
     namespace: str
     runtime_class: str = ""
@@ -51,6 +54,7 @@ class PodSettings:
     node_selector: Mapping[str, str] | None = None
     tolerations: Sequence[Mapping[str, str]] = ()
     boot: float = 120.0
+    claims: bool = False
 
 
 def name_of(owner: Owner) -> str:
@@ -64,13 +68,13 @@ def store_label(store_id: str) -> str:
 
 
 def selector(store_id: str) -> str:
-    """For lists: every Pod of this store."""
+    """For lists: everything of this store."""
     return f"{MANAGED_BY}=sisu-kodo,{STORE}={store_label(store_id)}"
 
 
-def owner_of(pod: Mapping[str, Any]) -> Owner | None:
-    """None for a Pod that is not ours."""
-    labels, notes = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
+def owner_of(found: Mapping[str, Any]) -> Owner | None:
+    """Of a Pod or a claim; None when it is not ours."""
+    labels, notes = found["metadata"].get("labels") or {}, found["metadata"].get("annotations") or {}
     with contextlib.suppress(KeyError, ValueError):
         return Owner(
             store_id=notes[STORE_ID],
@@ -82,20 +86,47 @@ def owner_of(pod: Mapping[str, Any]) -> Owner | None:
     return None
 
 
-def egress_label(request: SBXReq) -> str:
+def egress_label(egress: Egress) -> str:
     """Raises InvalidIntent for what a NetworkPolicy cannot hold to."""
-    if request.egress.mode == "Allow":
+    if egress.mode == "Allow":
         raise InvalidIntent(
             "spec.sandbox.egress.mode", "a NetworkPolicy knows addresses, not host names: None or Public"
         )
-    return request.egress.mode.lower()
+    return egress.mode.lower()
 
 
-def manifest(request: SBXReq, *, owner: Owner, image: str, settings: PodSettings, seconds: float) -> Object:
+def manifest(template: Object, *, owner: Owner, settings: PodSettings, seconds: float) -> Object:
     """The Pod, which ends by itself after `seconds`."""
+    metadata = mark(owner, settings=settings)
+    metadata["labels"] |= template["metadata"]["labels"]
+    spec = template["spec"] | {"activeDeadlineSeconds": math.ceil(seconds)}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def mark(owner: Owner, *, settings: PodSettings) -> Object:
+    """Metadata of what is made for an attempt: its name and whose it is."""
+    return {
+        "name": name_of(owner),
+        "namespace": settings.namespace,
+        "labels": {
+            "app.kubernetes.io/name": "sisu-kodo-sandbox",
+            MANAGED_BY: "sisu-kodo",
+            STORE: store_label(owner.store_id),
+            FENCE: str(owner.fence),
+        },
+        "annotations": {
+            STORE_ID: owner.store_id,
+            RUN: owner.run_id,
+            TASK: owner.task_key,
+            ATTEMPT: str(owner.attempt),
+        },
+    }
+
+
+def template(limits: Limits, egress: Egress, *, image: str, settings: PodSettings) -> Object:
+    """Everything that keeps a task in its place: spec and label of all Pods with this image, these limits and this egress."""
     spec: Object = {
         "restartPolicy": "Never",
-        "activeDeadlineSeconds": math.ceil(seconds),
         "terminationGracePeriodSeconds": 1,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -107,12 +138,11 @@ def manifest(request: SBXReq, *, owner: Owner, image: str, settings: PodSettings
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "tolerations": [*_node_gone(), *map(dict, settings.tolerations)],
-        "containers": [_container(request, image)],
-        "volumes": [
-            {"name": name, "emptyDir": {"sizeLimit": f"{request.limits.disk_mb}Mi"}} for name in sorted(VOLUMES)
-        ],
+        "containers": [_container(limits, image)],
+        "volumes": [{"name": name, "emptyDir": {"sizeLimit": f"{limits.disk_mb}Mi"}} for name in sorted(VOLUMES)],
+        "dnsPolicy": "ClusterFirst",
     }
-    if request.egress.mode == "None":  # refused at once instead of after a resolver's patience
+    if egress.mode == "None":  # refused at once instead of after a resolver's patience
         spec |= {"dnsPolicy": "None", "dnsConfig": {"nameservers": ["127.0.0.1"]}}
     if settings.runtime_class:
         spec["runtimeClassName"] = settings.runtime_class
@@ -120,7 +150,7 @@ def manifest(request: SBXReq, *, owner: Owner, image: str, settings: PodSettings
         spec["nodeSelector"] = dict(settings.node_selector)
     if settings.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.pull_secrets]
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": _metadata(request, owner, settings), "spec": spec}
+    return {"metadata": {"labels": {EGRESS: egress_label(egress)}}, "spec": spec}
 
 
 def image_digest(pod: Mapping[str, Any]) -> str | None:
@@ -137,28 +167,7 @@ def running(pod: Mapping[str, Any]) -> bool:
     return any(one.get("name") == CONTAINER and "running" in (one.get("state") or {}) for one in statuses)
 
 
-def _metadata(request: SBXReq, owner: Owner, settings: PodSettings) -> Object:
-    return {
-        "name": name_of(owner),
-        "namespace": settings.namespace,
-        "labels": {
-            "app.kubernetes.io/name": "sisu-kodo-sandbox",
-            MANAGED_BY: "sisu-kodo",
-            STORE: store_label(owner.store_id),
-            FENCE: str(owner.fence),
-            EGRESS: egress_label(request),
-        },
-        "annotations": {
-            STORE_ID: owner.store_id,
-            RUN: owner.run_id,
-            TASK: owner.task_key,
-            ATTEMPT: str(owner.attempt),
-        },
-    }
-
-
-def _container(request: SBXReq, image: str) -> Object:
-    limits = request.limits
+def _container(limits: Limits, image: str) -> Object:
     amounts = {
         "cpu": f"{limits.cpu_millis}m",
         "memory": f"{limits.memory_mb}Mi",

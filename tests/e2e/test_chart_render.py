@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from controller import config
-from controller.core.contract import Egress
+from controller.core.contract import Egress, Limits
 from controller.core.model import Owner
 from controller.roles.worker import DRAIN_SECONDS
 from controller.sbx import kubernetes_pod, kubernetes_policies
@@ -30,7 +30,6 @@ from controller.sbx.kubernetes_pod import PodSettings
 from devcluster import build
 from devcluster.cluster import ControlPlane
 from devcluster.stack import Stack
-from tests.support.builders import request
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "sisu-kodo"
@@ -78,6 +77,7 @@ CASES = {
     "elsewhere": Case(sets=("serviceAccount.name=tiger", "database.migrate=false"), namespace="elsewhere"),
     "without controller": Case(files=(), sets=("controller.enabled=false",)),
     "pods": Case(files=("pods",)),
+    "pods with claims": Case(files=("pods",), sets=("sandbox.kubernetes.claims=true",)),
     "pods in one": Case(files=("pods",), sets=("controller.split=false", "sandbox.kubernetes.createNamespace=false")),
     "pods without controller": Case(files=(), sets=("controller.enabled=false", "sandbox.provider=kubernetes")),
 }
@@ -334,6 +334,22 @@ def test_who_runs_tasks_may_make_pods_where_sandboxes_are_and_nothing_else(name:
         assert pod["spec"]["automountServiceAccountToken"] is (owner != "sisu-kodo-migrate")
 
 
+def test_claims_bring_the_rights_for_claims_and_no_more() -> None:
+    (role,) = find(rendered("pods with claims"), "Role", "sisu-kodo-sandboxes")
+    (plain,) = find(rendered("pods"), "Role", "sisu-kodo-sandboxes")
+    added = [one for one in role["rules"] if one not in plain["rules"]]
+    assert {(*one["apiGroups"], one["resources"][0], *one["verbs"]) for one in added} == {
+        ("extensions.agents.x-k8s.io", "sandboxclaims", "create", "delete", "get", "list"),
+        ("extensions.agents.x-k8s.io", "sandboxwarmpools", "list"),
+        ("extensions.agents.x-k8s.io", "sandboxtemplates", "list"),
+    }
+    env = {
+        e["name"]: e.get("value")
+        for e in pods(rendered("pods with claims"))["sisu-kodo-worker"]["spec"]["containers"][0]["env"]
+    }
+    assert env["SBX_KUBERNETES_CLAIMS"] == "true"
+
+
 def test_the_sandboxes_namespace_is_restricted_and_walled() -> None:
     objects = rendered("pods")
     (namespace,) = find(objects, "Namespace")
@@ -482,9 +498,9 @@ def test_the_api_server_keeps_the_network_policies_as_they_are(cluster: Stack, r
 def test_a_tasks_pod_is_restricted(cluster: Stack, restricted: str, mode: Any) -> None:
     settings = PodSettings(namespace=restricted)
     owner = Owner(store_id="s", run_id="r", task_key="k", attempt=1, fence=1)
-    wanted = request(egress=Egress(mode=mode), cmd="true")
     image = f"registry.corp/python@sha256:{'a' * 64}"
-    pod = kubernetes_pod.manifest(wanted, owner=owner, image=image, settings=settings, seconds=60)
+    template = kubernetes_pod.template(Limits(), Egress(mode=mode), image=image, settings=settings)
+    pod = kubernetes_pod.manifest(template, owner=owner, settings=settings, seconds=60)
     flags = ("--dry-run=server", "--validate=strict", "-f", "-")
     done = cluster.kubectl("create", *flags, stdin=json.dumps(pod), check=False)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr

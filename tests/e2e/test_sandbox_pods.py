@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from controller.core.contract import Limits
+from controller.core.contract import Egress, Limits
 from controller.core.model import Owner
 from controller.sbx import kubernetes_pod
 from controller.sbx.kubernetes_pod import PodSettings
 from devcluster import node
+from devcluster.install import apply_chart
 from devcluster.stack import Controller, Stack, scratch
 from tests.e2e.product import Product
-from tests.support.builders import request
+from tests.support import agent_sandbox
 
 pytestmark = pytest.mark.slow
 SANDBOXES = "sisu-kodo-sandboxes"
@@ -84,15 +88,47 @@ def test_a_killed_controllers_pod_is_deleted_and_its_task_succeeds(product: Prod
     product.assert_once()
 
 
+def test_an_approved_intent_runs_in_a_pod_that_was_waiting(product: Product, tmp_path: Path) -> None:
+    """With agent-sandbox and a pool as our own command prints it; a controller is killed on the way, and nothing is left."""
+    if reason := agent_sandbox.missing():
+        pytest.skip(f"no claims: {reason}")
+    stack, settings = product.stack, {**product.stack.pods(), "SBX_KUBERNETES_CLAIMS": "true"}
+    apply_chart(stack.cluster, sets=(*stack.sets, "sandbox.kubernetes.claims=true"))
+    with agent_sandbox.running(stack.cluster, tmp_path):
+        words = [sys.executable, "-m", "controller", "sandbox-pool", "python", "--replicas", "1"]
+        printed = subprocess.run(words, env=stack.environment(**settings), capture_output=True, text=True, check=True)
+        stack.kubectl("apply", "-f", "-", stdin=printed.stdout)
+        (warm,) = product.wait(lambda: pods(stack), "a Pod waits")
+        ready = ("wait", "--for=condition=Ready", warm, "-n", SANDBOXES, "--timeout=60s")
+        stack.kubectl(*ready)
+        first = product.start(**settings, SBX_ORPHAN_GRACE_SECONDS=str(GRACE))
+        product.apply("k", "wait a while")
+        product.wait_phase("k", "WaitingInput")
+        product.vote("k")
+        product.wait(lambda: product.starts(), "a command has begun", seconds=60)
+        assert len(stack.kubectl("get", "sandboxclaims", "-n", SANDBOXES, "-o", "name").stdout.split()) == 1
+        assert warm in pods(stack)
+        first.kill()
+
+        product.start(**settings, SBX_ORPHAN_GRACE_SECONDS=str(GRACE))
+        done = product.wait_phase("k", "Succeeded", "Failed", "RetriesExceeded", seconds=90)
+        assert done["phase"] == "Succeeded", done
+        ((ref,),) = product.sql("SELECT response->>'sandboxRef' FROM app.sbx_runs")
+        assert "/sandboxclaim/" in str(ref)
+        claims = ("get", "sandboxclaims", "-n", SANDBOXES, "-o", "name")
+        product.wait(lambda: not stack.kubectl(*claims).stdout, "no claim is left", seconds=GRACE + GRACE / 2 + 20)
+        assert warm not in pods(stack)
+        product.assert_once()
+        stack.kubectl("delete", "sandboxwarmpools", "--all", "-n", SANDBOXES)
+        product.wait(lambda: not pods(stack), "the pool's Pods are gone", seconds=60)
+
+
 def orphan(product: Product) -> None:
     """A Pod with this store's mark, of an attempt that the journal does not know."""
     ((store,),) = product.sql("SELECT id::text FROM app.store")
     owner = Owner(store_id=store, run_id="r", task_key="k" * 64, attempt=1, fence=10**9)
-    body = kubernetes_pod.manifest(
-        request(limits=Limits(cpu_millis=50, memory_mb=32)),
-        owner=owner,
-        image=product.stack.machine.images.reference("python"),
-        settings=PodSettings(namespace=SANDBOXES),
-        seconds=3600,
-    )
+    limits, image = Limits(cpu_millis=50, memory_mb=32), product.stack.machine.images.reference("python")
+    pods = PodSettings(namespace=SANDBOXES)
+    template = kubernetes_pod.template(limits, Egress(), image=image, settings=pods)
+    body = kubernetes_pod.manifest(template, owner=owner, settings=pods, seconds=3600)
     product.stack.kubectl("create", "-f", "-", stdin=json.dumps(body))

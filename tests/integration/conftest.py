@@ -11,6 +11,7 @@ from devcluster import node
 from devcluster.install import apply_chart
 from devcluster.node import NodeCluster
 from devcluster.postgres import Postgres
+from tests.support import agent_sandbox
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,20 @@ def sandbox_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCl
     try:
         with cluster:
             apply_chart(cluster.control_plane, sets=("sandbox.provider=kubernetes",))
+            yield cluster
+    finally:
+        cluster.wipe()
+
+
+@pytest.fixture(scope="session")
+def warm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+    """As `sandbox_cluster`, with agent-sandbox. Skips aloud where it cannot be had."""
+    if reason := node.missing() or agent_sandbox.missing():
+        pytest.skip(f"no claims: {reason}")
+    cluster = NodeCluster(tmp_path_factory.mktemp("warm-node"))
+    try:
+        with cluster, agent_sandbox.running(cluster.control_plane, tmp_path_factory.mktemp("agent-sandbox")):
+            apply_chart(cluster.control_plane, sets=("sandbox.provider=kubernetes", "sandbox.kubernetes.claims=true"))
             yield cluster
     finally:
         cluster.wipe()

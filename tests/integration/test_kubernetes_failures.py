@@ -44,7 +44,7 @@ QUOTA = '{"kind": "Status", "message": "pods \\"x\\" is forbidden: exceeded quot
 
 
 @contextmanager
-def pods_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, PodsServer]]:
+def pods_kit(root: Path, *, pods: PodSettings = PODS, **options: Any) -> Iterator[tuple[Kit, PodsServer]]:
     """The provider and the server that it talks to. At the end there is no Pod."""
     cgroups = f"sisu-kodo-pods-{os.getpid()}"
     try:
@@ -52,7 +52,7 @@ def pods_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, PodsServer]]:
             provider = KubernetesProvider(
                 server.kubeconfig,
                 templates={"base": IMAGE},
-                pods=PODS,
+                pods=pods,
                 start_log=root / "starts",
                 output_limit=OUTPUT_LIMIT,
                 bounds=BOUNDS,
@@ -60,7 +60,7 @@ def pods_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, PodsServer]]:
             )
             yield Kit(provider=provider, start_log=root / "starts"), server
             server.plan.clear()
-            eventually(lambda: not server.pods, seconds=10)
+            eventually(lambda: not server.pods and not server.claims, seconds=10)
             provider.close()
     finally:
         for directory in CgroupTree.find(parent=cgroups).roots:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -26,7 +27,7 @@ from controller.core.contract import Egress, ErrCode, FileIn, Limits, SBXReq, SB
 from controller.core.errors import InvalidIntent
 from controller.core.model import Artifact, Chunk, Owner
 from controller.ports import SandboxProvider
-from controller.sbx import templates
+from controller.sbx import kubernetes_claims, kubernetes_pod, templates
 from controller.sbx.e2b import E2BProvider
 from controller.sbx.e2b_api import Account
 from controller.sbx.kubernetes import KubernetesProvider
@@ -43,6 +44,7 @@ STORE = "store-1"
 FENCES = count(1)
 OUTPUT_LIMIT = 100_000
 SANDBOXES = "sisu-kodo-sandboxes"
+POD_LIMITS = Limits(cpu_millis=400, memory_mb=128)  # several must fit on a node of two cores
 
 
 @dataclass(kw_only=True)
@@ -177,22 +179,42 @@ def e2b_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, Server]]:
 
 
 @contextmanager
-def node_kit(cluster: NodeCluster, root: Path, **options: Any) -> Iterator[Kit]:
+def node_kit(cluster: NodeCluster, root: Path, *, claims: bool = False, **options: Any) -> Iterator[Kit]:
     """The kubernetes provider with the rights that the chart gives it, and real Pods. At the end there is none."""
     provider = KubernetesProvider(
         cluster.kubeconfig("controller"),
         templates={"base": cluster.image("python")},
-        pods=PodSettings(namespace=SANDBOXES, boot=60),
+        pods=PodSettings(namespace=SANDBOXES, boot=60, claims=claims),
         start_log=root / "starts",
         **{"output_limit": OUTPUT_LIMIT, "bounds": Bounds(grace=1.0), **options},
     )
-    # Two of them must fit on a node of two cores.
-    yield Kit(provider=provider, start_log=root / "starts", limits=Limits(cpu_millis=400, memory_mb=128))
+    yield Kit(provider=provider, start_log=root / "starts", limits=POD_LIMITS)
     provider.close()
-    assert cluster.kubectl("get", "pods", "-n", SANDBOXES, "-o", "name").stdout == ""
+    kind = "sandboxclaims" if claims else "pods"
+    assert cluster.kubectl("get", kind, "-n", SANDBOXES, "-o", "name").stdout == ""
 
 
-@pytest.fixture(params=["mock", "local", "e2b", pytest.param("kubernetes", marks=pytest.mark.slow)])
+def give_pool(cluster: NodeCluster, *, replicas: int, **changes: Any) -> None:
+    """A warm pool for POD_LIMITS, as `sandbox-pool` prints it but for `changes`; returns when its Pods wait."""
+    pods = PodSettings(namespace=SANDBOXES)
+    pod = kubernetes_pod.template(POD_LIMITS, Egress(), image=cluster.image("python"), settings=pods)
+    pod["spec"] |= changes
+    objects = kubernetes_claims.pool("warm", pod, settings=pods, replicas=replicas)
+    cluster.kubectl("apply", "-f", "-", stdin="---\n".join(map(json.dumps, objects)))
+    look = (
+        "get",
+        "sandboxes",
+        "-n",
+        SANDBOXES,
+        "-o",
+        "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}",
+    )
+    eventually(lambda: cluster.kubectl(*look).stdout.split().count("True") == replicas, seconds=60)
+
+
+@pytest.fixture(
+    params=["mock", "local", "e2b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kubernetes", "claims"))]
+)
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     root = open_directory()
     start_log = root / "starts"
@@ -206,6 +228,10 @@ def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
                 yield found
         elif request.param == "kubernetes":
             with node_kit(request.getfixturevalue("sandbox_cluster"), root) as found:
+                yield found
+        elif request.param == "claims":
+            give_pool(warm := request.getfixturevalue("warm_cluster"), replicas=1)
+            with node_kit(warm, root, claims=True) as found:
                 yield found
         else:
             local = LocalProvider(

@@ -1,6 +1,7 @@
 """A small API server for the kubernetes provider: Pods in memory, exec streams over websocket, NetworkPolicies, and failures on purpose.
 
-Commands really run, in the jails of devcluster/e2b. It knows one namespace and no kubelet: a Pod runs as soon as `boot` says.
+Commands really run, in the jails of devcluster/e2b. It knows one namespace and no kubelet: a Pod runs as soon as `boot` says. It
+does what agent-sandbox does for claims of a pool that `add` was given; with none, it does not know those kinds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,16 @@ FOREVER = 3600.0
 NAMESPACE = "sandboxes"
 IMAGE = f"registry.invalid/base@sha256:{'a' * 64}"
 BASE = f"/api/v1/namespaces/{NAMESPACE}/pods"
+AGENTS = f"/apis/extensions.agents.x-k8s.io/v1beta1/namespaces/{NAMESPACE}"
+# What an API server fills in that knows a Pod's defaults.
+DEFAULTS = {"nodeName": "n1", "serviceAccountName": "default", "schedulerName": "default-scheduler", "priority": 0}
 Pod = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class Fault:
-    """One failure of an operation: create, get, list, delete, policy or exec (`*`: any), which happens `times` times.
+    """One failure of an operation, which happens `times` times: create, get, list, delete, policy, exec, claim, claimed, unclaim,
+    claims, pools (`*`: any).
 
     `status` answers so, and with `done` only after the work; `silent` never answers; `late` answers so many seconds after the
     work. Of an exec whose command holds `match`: `cut` breaks its stream off once something was printed, `mute` lets it fall
@@ -66,7 +71,10 @@ class PodsServer:
         self.urls: list[str] = []
         self.creates: list[Pod] = []
         self.pods: dict[str, Pod] = {}
+        self.claims: dict[str, Pod] = {}
+        self.kinds: dict[str, dict[str, Pod]] = {}
         self.policies = {name: dict(one) for name, one in kubernetes_policies.shipped().items()}
+        self.before_exec: Callable[[str], object] | None = None  # told the command and its stdin
         self.boot = 0.0
         self.linger = 0.0  # seconds from a delete until the Pod is gone; longer than `gone`: until it is forced
         self.image_id = IMAGE
@@ -90,6 +98,11 @@ class PodsServer:
                 web.get(
                     "/apis/networking.k8s.io/v1/namespaces/{ns}/networkpolicies/{name}", self._policy, name="policy"
                 ),
+                web.post(AGENTS + "/sandboxclaims", self._claim, name="claim"),
+                web.get(AGENTS + "/sandboxclaims", self._claims, name="claims"),
+                web.get(AGENTS + "/sandboxclaims/{name}", self._claimed, name="claimed"),
+                web.delete(AGENTS + "/sandboxclaims/{name}", self._unclaim, name="unclaim"),
+                web.get(AGENTS + "/{kind}", self._kind, name="pools"),
             ]
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
@@ -108,6 +121,18 @@ class PodsServer:
     def fail(self, operation: str, **fault: Any) -> None:
         """Plans a failure."""
         self.plan.append(Fault(operation=operation, **fault))
+
+    def add(self, *objects: Pod) -> None:
+        """SandboxTemplates and SandboxWarmPools."""
+        for one in objects:
+            self.kinds.setdefault(f"{one['kind'].lower()}s", {})[one["metadata"]["name"]] = one
+
+    def replace(self, name: str) -> None:
+        """As agent-sandbox does when somebody deletes a Sandbox's Pod: another one of its name."""
+        box, pod = self._boxes.pop(name), self.pods[name]
+        begun = asyncio.run_coroutine_threadsafe(self._begin(name, pod["metadata"], pod["spec"]), self._loop)
+        box.kill()
+        begun.result(timeout=30)
 
     def remove(self, name: str) -> None:
         """The Pod is gone, as when somebody else deleted it."""
@@ -195,13 +220,84 @@ class PodsServer:
         running = {"name": "task", "imageID": self.image_id, "state": {"running": {"startedAt": "now"}}}
         pod["status"] = {"phase": "Running", "containerStatuses": [running]}
 
+    async def _begin(self, name: str, metadata: Pod, spec: Pod) -> None:
+        """A Pod that agent-sandbox makes."""
+        pod = {"metadata": metadata | {"name": name, "uid": str(uuid.uuid4())}, "spec": spec}
+        self.pods[name] = pod | {"status": {"phase": "Pending", "conditions": []}}
+        await self._start(self.pods[name])
+
+    async def _claim(self, request: web.Request) -> web.Response:
+        claim = await request.json()
+        name = claim["metadata"]["name"]
+        if name in self.claims:
+            return _refused(409, f'sandboxclaims "{name}" already exists')
+        self.creates.append(json.loads(json.dumps(claim)))
+        claim["metadata"]["uid"] = str(uuid.uuid4())
+        self.claims[name] = claim
+        asyncio.ensure_future(self._serve(claim))  # noqa: RUF006 - the loop ends with the test
+        return web.json_response(claim, status=201)
+
+    async def _serve(self, claim: Pod) -> None:
+        pool = self.kinds["sandboxwarmpools"].get(claim["spec"]["warmPoolRef"]["name"])
+        if pool is None:
+            why = {"type": "Ready", "status": "False", "reason": "WarmPoolNotFound", "message": "not found"}
+            claim["status"] = {"conditions": [why]}
+            return
+        template = self.kinds["sandboxtemplates"][pool["spec"]["sandboxTemplateRef"]["name"]]
+        pod = json.loads(json.dumps(template["spec"]["podTemplate"]))
+        name = f"{pool['metadata']['name']}-{uuid.uuid4().hex[:5]}"
+        claim["status"] = {"sandbox": {"name": name}, "conditions": []}
+        await self._begin(name, pod.get("metadata") or {}, pod["spec"] | DEFAULTS)
+
+    async def _claims(self, request: web.Request) -> web.Response:
+        if not self.kinds:
+            return _refused(404, "the server could not find the requested resource")
+        return self._page_of(self.claims, request)
+
+    async def _kind(self, request: web.Request) -> web.Response:
+        found = self.kinds.get(request.match_info["kind"])
+        if found is None:
+            return _refused(404, "the server could not find the requested resource")
+        return self._page_of(found, request)
+
+    async def _claimed(self, request: web.Request) -> web.Response:
+        claim = self.claims.get(request.match_info["name"])
+        return web.json_response(claim) if claim else _refused(404, "not found")
+
+    async def _unclaim(self, request: web.Request) -> web.Response:
+        name, options = request.match_info["name"], await request.json()
+        claim = self.claims.get(name)
+        if claim is None:
+            return _refused(404, "not found")
+        if options["preconditions"]["uid"] != claim["metadata"]["uid"]:
+            return _refused(409, "the UID in the precondition does not match")
+        assert options["propagationPolicy"] == "Foreground", "else the claim goes before its Pod"
+        claim["metadata"]["deletionTimestamp"] = "now"
+        asyncio.ensure_future(self._collect(name))  # noqa: RUF006 - the loop ends with the test
+        return web.json_response(claim)
+
+    async def _collect(self, name: str) -> None:
+        """The garbage collector: the Pod first, which may be deleted by force meanwhile; then the claim."""
+        pod = ((self.claims[name].get("status") or {}).get("sandbox") or {}).get("name")
+        for _ in range(int(self.linger / 0.05)):
+            if pod not in self.pods:
+                break
+            await asyncio.sleep(0.05)
+        if pod is not None:
+            await asyncio.to_thread(self.remove, pod)
+        self.claims.pop(name, None)
+
     async def _get(self, request: web.Request) -> web.Response:
         pod = self.pods.get(request.match_info["name"])
         return web.json_response(pod) if pod else _refused(404, "not found")
 
     async def _list(self, request: web.Request) -> web.Response:
-        wanted = dict(one.split("=") for one in request.query["labelSelector"].split(","))
-        found = [pod for _, pod in sorted(self.pods.items()) if wanted.items() <= pod["metadata"]["labels"].items()]
+        return self._page_of(self.pods, request)
+
+    def _page_of(self, objects: Mapping[str, Pod], request: web.Request) -> web.Response:
+        wanted = dict(one.split("=") for one in request.query.get("labelSelector", "").split(",") if one)
+        known = [one for _, one in sorted(objects.items())]
+        found = [one for one in known if wanted.items() <= (one["metadata"].get("labels") or {}).items()]
         at = int(request.query.get("continue") or 0)
         more = str(at + self._page) if len(found) > at + self._page else ""
         return web.json_response({"items": found[at : at + self._page], "metadata": {"continue": more}})
@@ -235,7 +331,11 @@ class PodsServer:
         stdin = bytearray()
         while len(stdin) < int(size[1] if size else 0):
             stdin += (await socket.receive_bytes())[1:]
-        fault = self._fault("exec", line=argv[-1] + stdin.decode(errors="replace"))
+        line = argv[-1] + stdin.decode(errors="replace")
+        if self.before_exec is not None:
+            await asyncio.to_thread(self.before_exec, line)
+            box = self._boxes[request.match_info["name"]]
+        fault = self._fault("exec", line=line)
         if fault is not None and fault.says:
             await socket.send_bytes(b"\x03" + fault.says.encode())
             return socket

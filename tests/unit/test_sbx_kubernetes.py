@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import json
 import os
@@ -33,6 +34,7 @@ from controller.sbx.kubernetes_pod import (
     running,
     selector,
     store_label,
+    template,
 )
 from controller.sbx.loop import Silent
 from controller.sbx.remote import MAX_SCRIPT
@@ -57,6 +59,14 @@ def request(**changes: Any) -> SBXReq:
     values |= {"env_ref": f"kubernetes:python@{IMAGE}", "cmd": "true", "files_in": (), "env": {}}
     values |= {"workdir": "/workspace", "timeout_ms": 1500, "limits": Limits(), "egress": Egress()}
     return SBXReq(**(values | changes))
+
+
+def made_pod(
+    *, owner: Owner = OWNER, limits: Limits | None = None, egress: Egress | None = None, seconds: float = 1, **pods: Any
+) -> dict[str, Any]:
+    settings = PodSettings(**{"namespace": "sandboxes", **pods})
+    made_of = template(limits or Limits(), egress or Egress(), image=IMAGE, settings=settings)
+    return manifest(made_of, owner=owner, settings=settings, seconds=seconds)
 
 
 # --------------------------------------------------------------------------- settings
@@ -119,7 +129,7 @@ def test_every_setting_reaches_the_pod() -> None:
     assert isinstance(made, KubernetesProvider)
     pods = made._life._pods
     made.close()
-    pod = manifest(request(), owner=OWNER, image=IMAGE, settings=pods, seconds=10)
+    pod = made_pod(**dataclasses.asdict(pods))
     assert (pod["metadata"]["namespace"], pod["spec"]["runtimeClassName"]) == ("boxes", "gvisor")
     assert pod["spec"]["imagePullSecrets"] == [{"name": "one"}, {"name": "two"}]
     assert pod["spec"]["nodeSelector"] == {"pool": "sandboxes", "disk": ""}
@@ -182,7 +192,7 @@ def test_what_cannot_be_run_as_it_is_meant_is_refused(
 
 def test_the_pod_is_the_golden_one() -> None:
     """Whatever changes here changes what holds a task: read the difference. `make golden-refresh` writes it anew."""
-    pod = manifest(request(), owner=OWNER, image=IMAGE, settings=PodSettings(namespace="sandboxes"), seconds=421.5)
+    pod = made_pod(seconds=421.5)
     text = json.dumps(pod, indent=2, sort_keys=True) + "\n"
     if os.environ.get("REFRESH_GOLDEN") == "1":
         GOLDEN.write_text(text)
@@ -191,24 +201,18 @@ def test_the_pod_is_the_golden_one() -> None:
 
 def test_limits_and_egress_make_the_pod() -> None:
     limits = Limits(cpu_millis=250, memory_mb=64, pids=9, disk_mb=32)
-    made = manifest(
-        request(limits=limits, egress=Egress(mode="Public")),
-        owner=OWNER,
-        image=IMAGE,
-        settings=PodSettings(namespace="sandboxes"),
-        seconds=1,
-    )
+    made = made_pod(limits=limits, egress=Egress(mode="Public"))
     (container,) = made["spec"]["containers"]
     amounts = {"cpu": "250m", "memory": "64Mi", "ephemeral-storage": "32Mi"}
     assert container["resources"] == {"requests": amounts, "limits": amounts}
     assert {v["emptyDir"]["sizeLimit"] for v in made["spec"]["volumes"]} == {"32Mi"}
-    assert made["metadata"]["labels"]["sisukodo.dev/egress"] == "public" and "dnsPolicy" not in made["spec"]
+    assert made["metadata"]["labels"]["sisukodo.dev/egress"] == "public" and made["spec"]["dnsPolicy"] == "ClusterFirst"
 
 
 @pytest.mark.parametrize("store", [STORE, "store 1", "ä" * 100, "-x", "x" * 64])
 def test_the_mark_survives_the_way_whatever_the_store_is_called(store: str) -> None:
     owner = Owner(store_id=store, run_id="r", task_key="k" * 64, attempt=2, fence=7)
-    pod = manifest(request(), owner=owner, image=IMAGE, settings=PodSettings(namespace="n"), seconds=1)
+    pod = made_pod(owner=owner)
     assert owner_of(pod) == owner
     assert len(store_label(store)) <= 63 and f"={store_label(store)}" in selector(store)
     assert pod["metadata"]["labels"]["sisukodo.dev/store"] == store_label(store)
