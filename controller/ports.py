@@ -249,8 +249,14 @@ class WorkStore(Protocol):
     def refuse_execution(self, ctx: Context, *, error: str) -> bool:
         """The stored bytes are not the approved bytes."""
 
-    def begin_attempt(self, run_id: str, workflow_id: str) -> Attempt:
-        """Journal the intention to create a sandbox, under a new fence."""
+    def begin_attempt(self, run_id: str, workflow_id: str, *, failed: int | None = None) -> Attempt:
+        """Journal the intention to create a sandbox, under a new fence.
+
+        The attempt before it, if any, was ended by an infrastructure error when its fence is `failed`, else by its worker's death.
+        """
+
+    def note_alone(self, attempt: Attempt) -> None:
+        """No other task runs beside this attempt: should its worker die now, then under this task only."""
 
     def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt | None:
         """The outcome and what follows, in one transaction; None: fenced off. The next attempt, if one was begun for us."""

@@ -102,7 +102,10 @@ CREATE TABLE app.sbx_runs (             -- one row per task
   workflow_id text,                     -- the TaskWF that holds the window slot; NULL = waiting for a slot
   dispatches int NOT NULL DEFAULT 0,    -- > 1 only after a repair
   attempt int NOT NULL DEFAULT 0,       -- counts on over executions
-  attempt_base int NOT NULL DEFAULT 0,  -- attempts of former executions: each has three of its own
+  failures int NOT NULL DEFAULT 0,      -- attempts of this execution that infrastructure ended
+  interruptions int NOT NULL DEFAULT 0, -- and those whose worker died, beside other tasks
+  interruptions_alone int NOT NULL DEFAULT 0, -- and without any: these are held against it
+  alone boolean NOT NULL DEFAULT false, -- the live attempt has its worker for itself
   fence bigint,                         -- fence of the live attempt: the only authority for accepting an outcome
   provider text, request jsonb NOT NULL, response jsonb, err_code text, metrics jsonb, junit jsonb,
   outcomes int NOT NULL DEFAULT 0,      -- effective (fence-accepted) outcomes: one per execution that ran it
@@ -278,7 +281,7 @@ CREATE FUNCTION app.record_outcome(
   p_run_id text, p_task_key text, p_fence bigint, p_status text, p_err_code text, p_provider text, p_response jsonb, p_metrics jsonb,
   p_junit jsonb, p_artifacts jsonb, p_shas text[], p_blobs bytea[], p_chunk_kinds text[], p_chunk_data bytea[], p_chunk_base int,
   p_workflow_id text, p_executor text, p_carry boolean, p_version text)
-RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_try int, next_fence bigint, next_request jsonb)
+RETURNS TABLE (run_status text, next_task_key text, next_attempt int, next_fence bigint, next_request jsonb)
 LANGUAGE plpgsql AS $$
 DECLARE v_run app.runs; v_task app.sbx_runs; v_next app.sbx_runs; v_priority int; v_partition text; v_room bigint; v_turns boolean; v_fast boolean;
 BEGIN
@@ -330,7 +333,7 @@ BEGIN
       INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
       VALUES (v_next.fence, p_run_id, v_next.task_key, v_next.attempt, 'created', p_executor);
       IF v_turns THEN PERFORM app.top_up(p_run_id, p_version); END IF;
-      RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.attempt - v_next.attempt_base, v_next.fence, v_next.request;
+      RETURN QUERY SELECT v_run.status, v_next.task_key, v_next.attempt, v_next.fence, v_next.request;
       RETURN;
     ELSIF FOUND THEN
       PERFORM app.enqueue('TaskWF', v_next.workflow_id, p_run_id, p_version, v_partition, v_priority);
@@ -346,7 +349,7 @@ BEGIN
       END IF;
     END IF;
   END IF;
-  RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::int, NULL::bigint, NULL::jsonb;
+  RETURN QUERY SELECT v_run.status, NULL::text, NULL::int, NULL::bigint, NULL::jsonb;
 END $$;
 
 -- Seconds to wait before this attempt may create a sandbox; 0: it may, now. All workers take turns on the provider's row. A sandbox

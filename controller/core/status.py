@@ -33,7 +33,7 @@ REASONS = {
     "Succeeded": "every task succeeded",
     "TaskFailed": "a task failed by itself (a red test, a timeout, out of memory)",
     "BudgetExceeded": "limits.maxSandboxMinutes are used up; the remaining tasks were not run",
-    "InfrastructureFailed": "sandboxes could not be had, three attempts each",
+    "InfrastructureFailed": "sandboxes could not be had, or workers died under a task, again and again",
     "PlanFailed": "no plan could be made",
     "ExecutionRefused": "the stored bytes are not the approved bytes, or the sandbox template changed",
     "Rejected": "somebody rejected the plan",

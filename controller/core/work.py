@@ -59,8 +59,9 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One journaled attempt. `attempt` counts over all executions, `try_no` in this one.
+    """One journaled attempt. `attempt` counts over all executions, what ended those before it in this one only.
 
+    `failures`: an infrastructure error. `interruptions`: its worker died beside other tasks, `interruptions_alone` without any.
     `fence` is None when there is nothing to run: read `run_status` and `leased` for why.
     """
 
@@ -70,7 +71,9 @@ class Attempt:
     deadline: datetime | None = None
     task_key: str = ""
     attempt: int = 0
-    try_no: int = 0
+    failures: int = 0
+    interruptions: int = 0
+    interruptions_alone: int = 0
     fence: int | None = None
     request: SBXReq | None = None
     superseded: Sequence[tuple[int, int]] = ()

@@ -145,7 +145,8 @@ UPDATE app.runs SET status = %(target)s, stage = %(stage)s, execution_no = execu
 RETURNING execution_no, intent_id, (settings->>'priority')::int AS priority
 
 -- name: requeue_failed_tasks
-UPDATE app.sbx_runs t SET status = 'queued', workflow_id = NULL, attempt_base = t.attempt, fence = NULL, err_code = NULL, finished_at = NULL
+UPDATE app.sbx_runs t SET status = 'queued', workflow_id = NULL, fence = NULL, err_code = NULL, finished_at = NULL,
+       failures = 0, interruptions = 0, interruptions_alone = 0, alone = false
   FROM app.runs r WHERE r.id = %(run_id)s AND t.run_id = r.id AND t.generation = r.plan_no
    AND t.status = 'failed' AND t.err_code = ANY(%(infra)s)
 
@@ -265,13 +266,17 @@ WITH run AS (
 ), leased AS (
   SELECT EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = %(executor)s AND l.expires_at > clock_timestamp()) AS ok
 ), task AS (
-  -- What the attempt before took is spent, whatever became of it.
+  -- What the attempt before took is spent, whatever became of it. It was interrupted unless the caller says that it failed.
   UPDATE app.sbx_runs t SET status = 'running', attempt = t.attempt + 1, fence = nextval('app.fence_seq'), started_at = clock_timestamp(),
-         spent_ms = t.spent_ms + CASE t.status WHEN 'running' THEN least(t.timeout_ms, 1000 * extract(epoch FROM clock_timestamp() - t.started_at))::bigint ELSE 0 END
+         spent_ms = t.spent_ms + CASE t.status WHEN 'running' THEN least(t.timeout_ms, 1000 * extract(epoch FROM clock_timestamp() - t.started_at))::bigint ELSE 0 END,
+         failures = t.failures + (t.status = 'running' AND t.fence = %(failed)s)::int,
+         interruptions = t.interruptions + (t.status = 'running' AND t.fence <> %(failed)s AND NOT t.alone)::int,
+         interruptions_alone = t.interruptions_alone + (t.status = 'running' AND t.fence <> %(failed)s AND t.alone)::int,
+         alone = false
   FROM run, leased
   WHERE t.run_id = run.id AND t.workflow_id = %(workflow_id)s AND t.status IN ('queued','running')
     AND run.status = 'running' AND run.stage = 'execute' AND leased.ok
-  RETURNING t.task_key, t.attempt, t.attempt - t.attempt_base AS try_no, t.fence, t.request
+  RETURNING t.task_key, t.attempt, t.fence, t.request, t.failures, t.interruptions, t.interruptions_alone
 ), superseded AS (
   UPDATE app.sbx_attempts a SET state = 'unknown', ended_at = clock_timestamp() FROM task
   WHERE a.task_key = task.task_key AND a.state = 'created' RETURNING a.fence, a.attempt
@@ -279,9 +284,13 @@ WITH run AS (
   INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
   SELECT fence, %(run_id)s, task_key, attempt, 'created', %(executor)s FROM task
 )
-SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.try_no, task.fence, task.request,
+SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.fence, task.request,
+       task.failures, task.interruptions, task.interruptions_alone,
        (SELECT jsonb_agg(jsonb_build_array(fence, attempt)) FROM superseded) AS superseded
   FROM run CROSS JOIN leased LEFT JOIN task ON true
+
+-- name: note_alone
+UPDATE app.sbx_runs SET alone = true WHERE run_id = %(run_id)s AND task_key = %(task_key)s AND fence = %(fence)s AND status = 'running'
 
 -- name: admit_sandbox
 SELECT app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) AS seconds

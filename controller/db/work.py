@@ -160,8 +160,9 @@ class PgWorkStore:
         row = one(self._pool, "approvals_of", run_id=run_id, digest=digest)
         return 0 if row is None else int(row["n"])
 
-    def begin_attempt(self, run_id: str, workflow_id: str) -> Attempt:
-        row = one(self._pool, "begin_attempt", run_id=run_id, workflow_id=workflow_id, executor=self._executor)
+    def begin_attempt(self, run_id: str, workflow_id: str, *, failed: int | None = None) -> Attempt:
+        params = {"run_id": run_id, "workflow_id": workflow_id, "executor": self._executor, "failed": failed or 0}
+        row = one(self._pool, "begin_attempt", **params)
         if row is None:
             raise Drift(f"run {run_id} does not exist")
         return Attempt(
@@ -171,11 +172,16 @@ class PgWorkStore:
             deadline=row["deadline_at"],
             task_key=row["task_key"] or "",
             attempt=row["attempt"] or 0,
-            try_no=row["try_no"] or 0,
+            failures=row["failures"] or 0,
+            interruptions=row["interruptions"] or 0,
+            interruptions_alone=row["interruptions_alone"] or 0,
             fence=row["fence"],
             request=SBXReq.model_validate(row["request"]) if row["request"] else None,
             superseded=tuple((int(f), int(a)) for f, a in row["superseded"] or ()),
         )
+
+    def note_alone(self, attempt: Attempt) -> None:
+        change(self._pool, "note_alone", run_id=attempt.run_id, task_key=attempt.task_key, fence=attempt.fence)
 
     def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt | None:
         res = outcome.response
@@ -211,7 +217,6 @@ class PgWorkStore:
             deadline=attempt.deadline,
             task_key=row["next_task_key"] or "",
             attempt=row["next_attempt"] or 0,
-            try_no=row["next_try"] or 0,
             fence=row["next_fence"],
             request=SBXReq.model_validate(row["next_request"]) if row["next_request"] else None,
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from controller.core.work import Context
 from controller.ports import Admission, AgentServer, Clock, SandboxProvider, Workspace, WorkStore
 from controller.workflows.compile import TurnLedger
+from controller.workflows.room import Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Parts:
     observe: Callable[[str, str, float], None]
     jitter: Callable[[], float]
     fence_off: Callable[[str], None]
+    room: Room = field(default_factory=Room)
 
 
 class _Registry:

@@ -22,9 +22,11 @@ from controller.workflows.stream import ChunkStream
 
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.25
-MAX_ATTEMPTS = 3
-BACKOFF_SECONDS = (0.0, 1.0, 3.0)
+MAX_FAILURES = 3  # infrastructure errors of its own
+MAX_INTERRUPTIONS = 3  # dead workers, beside other tasks: then it runs alone; and alone: then it is LOST
+BACKOFF_SECONDS = (1.0, 3.0)
 KILL_PAUSE_SECONDS = 2.0
+ROOM_PAUSE_SECONDS = 0.2
 
 
 @DBOS.workflow(name="TaskWF", max_recovery_attempts=50)
@@ -34,21 +36,25 @@ def run_task(run_id: str) -> str:
     attempt: Attempt | None = me.store.begin_attempt(run_id, workflow)
     hand_over_at = me.clock.monotonic() + SLICE_SECONDS
     while attempt is not None and attempt.fence is not None:
-        attempt = _one(me, attempt, workflow, hand_over_at)
+        fence = attempt.fence
+        try:
+            attempt = try_once(me, attempt, workflow, hand_over_at)
+        finally:
+            me.room.leave(fence)
     if attempt is not None and not attempt.leased:
         # Ending normally here would make the workflow SUCCESS and leak its window slot.
         me.fence_off("executor lease is not live")
     if attempt is not None and attempt.run_status is Status.CANCELING:
         for held in me.store.held(workflow):
-            end_sandbox(me, _owner(held))
+            end_sandbox(me, _owner(me, held))
         me.store.abandon(workflow)
         me.store.close_canceled(run_id)
     return "ended"
 
 
-def _owner(attempt: Attempt) -> Owner:
+def _owner(me: Parts, attempt: Attempt) -> Owner:
     return Owner(
-        store_id=parts().store_id,
+        store_id=me.store_id,
         run_id=attempt.run_id,
         task_key=attempt.task_key,
         attempt=attempt.attempt,
@@ -56,19 +62,20 @@ def _owner(attempt: Attempt) -> Owner:
     )
 
 
-def _one(me: Parts, attempt: Attempt, workflow: str, hand_over_at: float) -> Attempt | None:
+def try_once(me: Parts, attempt: Attempt, workflow: str, hand_over_at: float) -> Attempt | None:
     """One attempt and what follows from it."""
     _kill_superseded(me, attempt)
-    outcome = effect(me, attempt)
+    blamed = attempt.interruptions_alone >= MAX_INTERRUPTIONS
+    outcome = _lost(me, attempt) if blamed else effect(me, attempt)
     code = outcome.response.err_code
     if code is ErrCode.CANCELED:
         return me.store.begin_attempt(attempt.run_id, workflow)  # begins nothing: the run is canceling
-    if code.retryable and attempt.try_no < MAX_ATTEMPTS:
+    if code.retryable and not blamed and attempt.failures + 1 < MAX_FAILURES:
         log.warning(
             "attempt failed", extra={"task_key": attempt.task_key, "attempt": attempt.attempt, "err_code": code.value}
         )
-        me.clock.sleep(BACKOFF_SECONDS[attempt.try_no - 1] * (0.5 + me.jitter()))
-        return me.store.begin_attempt(attempt.run_id, workflow)
+        me.clock.sleep(BACKOFF_SECONDS[attempt.failures] * (0.5 + me.jitter()))
+        return me.store.begin_attempt(attempt.run_id, workflow, failed=attempt.fence)
     carry = me.clock.monotonic() < hand_over_at
     following = me.store.record_outcome(attempt, outcome, workflow_id=workflow, carry=carry)
     if following is None:
@@ -100,8 +107,6 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
     """Run the sandbox, or say why it was not run. Never raises for what a task or a provider does."""
     request = attempt.request
     assert request is not None  # an attempt with a fence has one
-    if attempt.try_no > MAX_ATTEMPTS:
-        return _unrun(me, attempt, ErrCode.LOST, f"the worker was lost {MAX_ATTEMPTS} times while this task ran")
     stream = ChunkStream(
         write=lambda chunks, base: me.store.add_chunks(attempt, chunks, base=base), now=me.clock.monotonic
     )
@@ -114,14 +119,14 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         files = {f.sha256: me.blob(f.sha256) for f in request.files_in}
     except Permanent as e:
         return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
-    if not _admitted(me, attempt, canceled):
+    if not (_admitted(me, attempt, canceled) and _entered(me, attempt, canceled)):
         late = _late(me, attempt.deadline)
         return _unrun(
             me, attempt, ErrCode.TIMEOUT if late else ErrCode.CANCELED, "it waited for its sandbox until then"
         )
     started = me.clock.monotonic()
     response, produced = me.sandboxes.run(
-        request, owner=_owner(attempt), files=files, emit=stream.emit, canceled=canceled
+        request, owner=_owner(me, attempt), files=files, emit=stream.emit, canceled=canceled
     )
     if response.err_code is ErrCode.CANCELED and _late(me, attempt.deadline):
         response = response.model_copy(
@@ -138,6 +143,23 @@ def _admitted(me: Parts, attempt: Attempt, canceled: Callable[[], bool]) -> bool
         me.clock.sleep(min(1.0, seconds) * (0.5 + me.jitter()))
         if canceled():
             return False
+    return True
+
+
+def _entered(me: Parts, attempt: Attempt, canceled: Callable[[], bool]) -> bool:
+    """Wait until this attempt may run beside those that run here, or until none does, when it has to be alone."""
+    assert attempt.fence is not None
+    alone = attempt.interruptions >= MAX_INTERRUPTIONS
+    while not me.room.enter(attempt.fence, alone=alone):
+        me.clock.sleep(ROOM_PAUSE_SECONDS * (0.5 + me.jitter()))
+        if canceled():
+            return False
+    if alone:
+        me.store.note_alone(attempt)
+        log.warning(
+            "attempt runs alone",
+            extra={"task_key": attempt.task_key, "attempt": attempt.attempt, "interruptions": attempt.interruptions},
+        )
     return True
 
 
@@ -159,6 +181,12 @@ def _outcome(
         chunk_base=base,
         junit=report,
     )
+
+
+def _lost(me: Parts, attempt: Attempt) -> Outcome:
+    alone, beside = attempt.interruptions_alone, attempt.interruptions
+    why = f"its worker died {alone} times while no other task ran on it, and {beside} times before that beside others"
+    return _unrun(me, attempt, ErrCode.LOST, why)
 
 
 def _unrun(me: Parts, attempt: Attempt, code: ErrCode, why: str) -> Outcome:

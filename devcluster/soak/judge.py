@@ -13,6 +13,7 @@ from devcluster.soak.rows import Attempt, Causes, Check, Evidence, Failure, Inte
 LARGEST = 64 * 1024
 INFRASTRUCTURE = ("BOOT_FAIL", "NET_FAIL", "UPLOAD_FAIL", "DOWNLOAD_FAIL", "LOST")
 ATTEMPTS = 3  # that a task may lose to infrastructure
+WORKERS = 6  # that may die under a task: three beside other tasks, three with it alone
 LATE = 2.0  # seconds: what was sent to PostgreSQL before its sender died may be carried out afterwards
 SAID = ("stdout.txt", "stderr.txt")
 
@@ -186,8 +187,8 @@ def spent(mine: Sequence[Attempt], causes: Causes, *, by_us: str) -> bool:
     last = mine[-1]
     told = Failure(task_key=last.task_key, attempt=last.attempt, err_code=by_us)
     more = Causes(interruptions=causes.interruptions, failures=(*causes.failures, told), windows=causes.windows)
-    lost = len(mine) > ATTEMPTS  # the fourth is not run: it writes LOST
-    return all(explanation(a, more) is not None for a in (mine[:ATTEMPTS] if lost else mine))
+    lost = by_us == "LOST" and len(mine) > WORKERS  # the attempt after those is not run: it writes LOST
+    return all(explanation(a, more) is not None for a in (mine[:-1] if lost else mine))
 
 
 def kept(plan: Sequence[Planned], it: Evidence) -> Iterator[str]:

@@ -854,6 +854,51 @@ def test_a_second_attempt_supersedes_the_first_whose_outcome_then_changes_nothin
     assert at_.journal() == [(1, "unknown"), (2, "done")]
 
 
+def ended_before(attempt: Attempt) -> tuple[int, int, int]:
+    return attempt.failures, attempt.interruptions, attempt.interruptions_alone
+
+
+def test_what_ended_the_attempts_before_is_counted_apart(pg: InPostgres) -> None:
+    at_ = window(pg, 1)
+    workflow = at_.workflows[0]
+    attempt = at_.begin(workflow)
+    assert ended_before(attempt) == (0, 0, 0)
+    attempt = pg.work.begin_attempt(at_.run.run_id, workflow, failed=attempt.fence)
+    assert ended_before(attempt) == (1, 0, 0)
+    stale, attempt = attempt, at_.begin(workflow)
+    assert ended_before(attempt) == (1, 1, 0)
+    pg.work.note_alone(stale)
+    attempt = at_.begin(workflow)
+    assert ended_before(attempt) == (1, 2, 0), "only the live attempt can be alone"
+    pg.work.note_alone(attempt)
+    attempt = at_.begin(workflow)
+    assert ended_before(attempt) == (1, 2, 1)
+    pg.work.note_alone(attempt)
+    attempt = pg.work.begin_attempt(at_.run.run_id, workflow, failed=attempt.fence)
+    assert ended_before(attempt) == (2, 2, 1), "a failure while alone is a failure"
+    assert ended_before(at_.begin(workflow)) == (2, 3, 1), "and the next attempt is not alone by itself"
+
+
+def test_another_execution_begins_with_a_clean_slate(pg: InPostgres) -> None:
+    at_ = window(pg, 2, parallelism=1)
+    workflow = at_.workflows[0]
+    for _ in range(2):
+        pg.work.note_alone(at_.begin(workflow))
+    attempt = at_.begin(workflow)
+    pg.work.note_alone(attempt)
+    lost = outcome(ErrCode.LOST, key=attempt.task_key)
+    following = pg.work.record_outcome(attempt, lost, workflow_id=workflow, carry=True)
+    assert following is not None and at_.end(following, workflow) is not None
+    pg.finish(at_.run.intent_id, Event.EXCEED, "InfrastructureFailed")
+    assert pg.store.retry(now(pg, at_.run.intent_id), count=1)
+    again = pg.ctx(at_.run.intent_id)
+    assert pg.work.begin_execution(replace(at_.execution, execution_no=again.execution_no))
+    (workflow,) = [w for w in at_.workflows if ":task:2:" in w]
+    attempt = at_.begin(workflow)
+    assert (attempt.attempt, *ended_before(attempt)) == (4, 0, 0, 0)
+    assert ended_before(at_.begin(workflow)) == (0, 1, 0)
+
+
 def test_the_same_outcome_twice_counts_once(pg: InPostgres) -> None:
     at_ = window(pg, 1)
     workflow = at_.workflows[0]

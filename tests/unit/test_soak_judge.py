@@ -256,6 +256,16 @@ def test_an_infrastructure_failure_is_fine_only_after_three_attempts_that_we_spo
     assert (says == []) is fine
 
 
+@pytest.mark.parametrize(("times", "fine"), [(2, False), (5, False), (6, True)])
+def test_a_task_is_lost_to_dead_workers_only_after_six_that_we_killed(times: int, *, fine: bool) -> None:
+    it = three("LOST")
+    mine = [attempt("key-2", fence=n, number=n, state="unknown", executor="worker-1-ab") for n in range(1, times + 1)]
+    last = attempt("key-2", fence=102, number=times + 1, executor="worker-2-cd")
+    others = [a for a in it.attempts if a.task_key != "key-2"]
+    says = list(judge.outcomes(PLAN, replace(it, attempts=(*others, *mine, last)), KILL))
+    assert (says == []) is fine
+
+
 def test_a_canceled_task_has_no_outcome_and_its_last_attempt_needs_no_explanation() -> None:
     it = changed(0, err_code="CANCELED", status="failed", outcomes=0, receipts=0, exit=None)(good())
     it = noted(0, state="unknown")(it)

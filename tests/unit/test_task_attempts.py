@@ -1,0 +1,108 @@
+"""What follows from how an attempt ended: another one, alone or not, or an outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+
+from controller.core.contract import ErrCode
+from controller.core.phases import Status
+from controller.core.work import Attempt, Outcome
+from controller.workflows.parts import Parts
+from controller.workflows.room import Room
+from controller.workflows.task import try_once
+from tests.support.builders import request, response
+
+ATTEMPT = Attempt(run_id="r", run_status=Status.RUNNING, task_key="k", attempt=1, fence=7, request=request(files_in=()))
+NEXT = replace(ATTEMPT, attempt=2, fence=8)
+
+
+@dataclass
+class World:
+    """All parts in one; the sandbox ends with `code`. `said` is what was done, in order."""
+
+    code: ErrCode = ErrCode.NONE
+    said: list[Any] = field(default_factory=list)
+    room: Room = field(default_factory=Room)
+    store_id: str = "s"
+    name: str = "mock"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("store", "sandboxes", "admission", "clock"):
+            return self
+        raise AttributeError(name)
+
+    def begin_attempt(self, run_id: str, workflow: str, *, failed: int | None = None) -> Attempt:
+        self.said.append(("begin", failed))
+        return NEXT
+
+    def note_alone(self, attempt: Attempt) -> None:
+        self.said.append(("alone", attempt.fence))
+
+    def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt:
+        self.said.append(("outcome", outcome.response.err_code, outcome.response.stderr))
+        return replace(attempt, fence=None)
+
+    def run(self, asked: Any, **_: Any) -> Any:
+        self.said.append("run")
+        return response(self.code), ()
+
+    def wait(self, fence: int) -> float:
+        return 0.0
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.said.append(("sleep", seconds))
+        self.room.leave(99)
+
+    def jitter(self) -> float:
+        return 0.5
+
+    def canceled_runs(self) -> frozenset[str]:
+        return frozenset()
+
+    def observe(self, what: str, outcome: str, seconds: float) -> None: ...
+
+
+def after(code: ErrCode, *, room: Room | None = None, **before: int) -> list[Any]:
+    world = World(code, room=room or Room())
+    try_once(cast("Parts", world), replace(ATTEMPT, **cast("Any", before)), "w", 1.0)
+    return world.said
+
+
+@pytest.mark.parametrize(("failures", "pause"), [(0, 1.0), (1, 3.0)])
+def test_a_failure_is_tried_again_after_a_pause(failures: int, pause: float) -> None:
+    said = after(ErrCode.NET_FAIL, failures=failures, interruptions=2)
+    assert said == ["run", ("sleep", pause), ("begin", 7)]
+
+
+def test_the_third_failure_is_the_outcome() -> None:
+    assert after(ErrCode.NET_FAIL, failures=2) == ["run", ("outcome", ErrCode.NET_FAIL, "")]
+
+
+def test_a_red_test_is_never_tried_again() -> None:
+    assert after(ErrCode.CMD_NONZERO) == ["run", ("outcome", ErrCode.CMD_NONZERO, "")]
+
+
+def test_after_three_interruptions_it_waits_until_it_is_alone_and_notes_that_before_it_runs() -> None:
+    room = Room()
+    assert room.enter(99, alone=False)  # until the first pause
+    said = after(ErrCode.NONE, room=room, interruptions=3)
+    assert said == [("sleep", 0.2), ("alone", 7), "run", ("outcome", ErrCode.NONE, "")]
+
+
+def test_before_that_it_runs_beside_others() -> None:
+    room = Room()
+    assert room.enter(99, alone=False)
+    assert after(ErrCode.NONE, room=room, interruptions=2)[0] == "run"
+
+
+def test_after_three_interruptions_alone_it_is_lost_and_not_run() -> None:
+    said = after(ErrCode.NONE, interruptions=3, interruptions_alone=3)
+    why = "its worker died 3 times while no other task ran on it, and 3 times before that beside others"
+    assert said == [("outcome", ErrCode.LOST, why)]
+    assert after(ErrCode.NONE, interruptions=3, interruptions_alone=2)[1] == "run"
