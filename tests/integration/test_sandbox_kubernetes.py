@@ -91,21 +91,6 @@ def test_its_environment_holds_nothing_of_ours(kit: Kit) -> None:
     assert out.res.stderr.count("No such file") == 2, "no token"
 
 
-def test_no_address_answers(kit: Kit) -> None:
-    """Of this node's Pods, which have no route; what NetworkPolicies hold, only a cluster with an enforcer shows."""
-    places = ("127.0.0.1/22", "169.254.169.254/80", "10.0.0.1/443", "1.1.1.1/443")
-    tries = "; ".join(f"(timeout 2 bash -c 'exec 3<>/dev/tcp/{one}' && echo reached {one})" for one in places)
-    out = kit.run(f"{tries}; getent hosts example.com; true")
-    assert (out.res.stdout, out.res.err_code) == ("", ErrCode.NONE)
-    assert out.seconds < 15, "without names to ask for, resolvers must not wait"
-
-
-def test_links_in_the_output_are_not_followed(kit: Kit) -> None:
-    out = kit.run("ln -s /etc/hostname /output/a; ln -s / /output/d; mkfifo /output/p; echo real > '/output/-r x'")
-    assert [(a.name, a.content) for a in out.artifacts] == [("-r x", b"real\n")]
-    assert out.res.stderr.count("not a regular file") == 3
-
-
 @pytest.mark.parametrize(
     ("kind", "content"),
     [
@@ -147,32 +132,6 @@ def test_the_measures_are_of_the_whole_container(kit: Kit) -> None:
 # --------------------------------------------------------------------------- what a task can use up
 
 
-def test_a_fork_bomb_stays_inside(kit: Kit) -> None:
-    bomb = kit.run("f() { f | f & }; f; sleep 20", timeout_ms=3_000)
-    assert bomb.res.err_code in (ErrCode.TIMEOUT, ErrCode.CMD_NONZERO)
-    assert bomb.seconds < 30
-
-
-@pytest.mark.parametrize(
-    ("cmd", "status"), [("tail /dev/zero; sleep 0; exit 9", 9), ("python3 -c 'bytearray(500 << 20)'", 137)]
-)
-def test_a_memory_hog_is_told_by_the_kernel(kit: Kit, cmd: str, status: int) -> None:
-    out = kit.run(cmd, limits=SMALL)
-    assert (out.res.err_code, out.res.exit) == (ErrCode.OOM, status)
-    assert "out of memory: more than 64 MiB" in out.res.stderr
-
-
-def test_words_and_codes_do_not_make_an_oom_or_a_timeout(kit: Kit) -> None:
-    for status in (137, 124, 143):
-        out = kit.run(f"echo 'Out of memory: Killed process 7; timed out' >&2; exit {status}")
-        assert (out.res.err_code, out.res.exit) == (ErrCode.CMD_NONZERO, status)
-
-
-def test_one_huge_file_is_stopped(kit: Kit) -> None:
-    out = kit.run("head -c 10G /dev/zero > big; wc -c < big; exit 1", limits=SMALL)
-    assert (out.res.err_code, out.res.exit, out.res.stdout) == (ErrCode.CMD_NONZERO, 1, f"{32 << 20}\n")
-
-
 @pytest.mark.timeout(240)
 def test_many_files_are_stopped(kit: Kit) -> None:
     """The kubelet looks now and then, here after 10 to 70 s; until then the node's disk is what holds."""
@@ -182,30 +141,7 @@ def test_many_files_are_stopped(kit: Kit) -> None:
     assert "killed: more than 32 MiB on disk" in out.res.stderr
 
 
-def test_endless_output_is_cut(kit: Kit) -> None:
-    out = kit.run("yes; echo never", timeout_ms=1_500)
-    assert out.res.err_code is ErrCode.TIMEOUT
-    assert len(out.text("stdout")) < 200_000
-
-
 # --------------------------------------------------------------------------- how a task ends
-
-
-def test_sigterm_comes_first_and_is_not_enough_to_stay(kit: Kit) -> None:
-    polite = kit.run("trap 'echo bye; exit 0' TERM; echo x > /output/x; sleep 30 & wait", timeout_ms=700)
-    assert (polite.res.err_code, polite.res.stdout) == (ErrCode.TIMEOUT, "bye\n")
-    assert [a.name for a in polite.artifacts] == ["x"], "what it had made by then"
-    stubborn = kit.run("trap '' TERM; while :; do sleep 0.05; done", timeout_ms=700)
-    assert stubborn.res.err_code is ErrCode.TIMEOUT and stubborn.res.exit is None
-    assert stubborn.seconds < 15
-
-
-def test_daemons_die_with_their_task(kit: Kit) -> None:
-    out = kit.run(
-        "(setsid sh -c 'trap \"\" TERM HUP; sleep 600' > /dev/null 2>&1 &); (sleep 600 &); sleep 0.1; echo started"
-    )
-    assert (out.res.err_code, out.res.stdout) == (ErrCode.NONE, "started\n")
-    assert out.seconds < 15, "the background process that holds stdout is not waited for"
 
 
 def test_what_a_task_orphans_is_buried(kit: Kit) -> None:

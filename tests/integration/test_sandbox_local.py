@@ -256,26 +256,10 @@ def test_a_memory_hog_is_told_by_the_kernel(kit: Kit) -> None:
     assert (out.res.metrics.mem_peak_mb or 0) in range(60, 65)
 
 
-def test_a_memory_hog_does_not_get_the_host(kit: Kit) -> None:
-    out = kit.run("tail /dev/zero", limits=Limits(memory_mb=64))
-    assert out.res.err_code is (ErrCode.OOM if ROOT else ErrCode.CMD_NONZERO)
-
-
-def test_words_and_codes_do_not_make_an_oom(kit: Kit) -> None:
-    out = kit.run("echo 'Out of memory: Killed process 7' >&2; exit 137")
-    assert (out.res.err_code, out.res.exit) == (ErrCode.CMD_NONZERO, 137)
-
-
 def test_memory_file_systems_are_small(kit: Kit) -> None:
     out = kit.run("head -c 200M /dev/zero > /dev/shm/x")
     assert out.res.err_code is ErrCode.CMD_NONZERO
     assert "No space left" in out.res.stderr
-
-
-def test_one_huge_file_is_stopped(kit: Kit) -> None:
-    out = kit.run("head -c 10G /dev/zero > big; wc -c < big; exit 1", limits=Limits(disk_mb=32))
-    assert (out.res.err_code, out.res.exit, out.res.stdout) == (ErrCode.CMD_NONZERO, 1, f"{32 << 20}\n")
-    assert out.seconds < 10
 
 
 @pytest.mark.parametrize("step", ["head -c 8M /dev/zero > $i", "touch $(seq -f $i.%g 500)"], ids=["bytes", "inodes"])
