@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,57 @@ def test_a_box_that_was_made_without_an_answer_is_found_and_killed(
     assert not kit.start_log.exists()
 
 
+PATIENT = replace(BOUNDS, create=10.0, busy=60.0)  # the SDK itself tries to connect for 2.5 s
+
+
+@pytest.fixture
+def down(root: Path) -> Iterator[tuple[Kit, Server, str]]:
+    """The third is the template's reference. All is well again at the end."""
+    with e2b_kit(root, bounds=PATIENT) as (kit, server):
+        ref = kit.provider.resolve("base")
+        server.down()
+        yield kit, server, ref
+
+
+def test_an_outage_is_waited_out_by_one_attempt(down: tuple[Kit, Server, str]) -> None:
+    kit, server, ref = down
+    threading.Timer(5.0, server.up).start()
+    out = kit.run("echo fine", env_ref=ref)
+    assert (out.res.err_code, out.res.stdout) == (ErrCode.NONE, "fine\n"), out.res.stderr
+    assert out.seconds > 5 and server.faults.seen.count("create") == 1
+
+
+@pytest.mark.parametrize("stop", ["cancel", "kill"])
+def test_an_outage_that_is_waited_out_holds_up_neither_cancel_nor_kill(
+    down: tuple[Kit, Server, str], stop: str
+) -> None:
+    kit, server, ref = down
+    owner, flag = kit.owner(), threading.Event()
+    join = kit.begin("echo never", owner=owner, env_ref=ref, canceled=flag.is_set)
+    time.sleep(4.0)
+    stopped = time.monotonic()
+    if stop == "cancel":
+        flag.set()
+    else:
+        with pytest.raises(Unavailable):
+            kit.provider.kill(owner)
+    assert join().res.err_code is (ErrCode.CANCELED if stop == "cancel" else ErrCode.LOST)
+    assert time.monotonic() - stopped < 2.5 + 2
+    assert server.faults.seen.count("create") == 0
+    server.up()
+
+
 def test_an_api_that_cannot_be_reached_is_a_network_failure(root: Path) -> None:
     nowhere = "http://127.0.0.1:1"
     account = Account(key="k", domain="e2b.invalid", api_url=nowhere, sandbox_url=nowhere)
-    provider = e2b.E2BProvider(account, templates={"base": "tmplbase"}, bounds=Bounds(create=5.0, api=5.0))
+    provider = e2b.E2BProvider(account, templates={"base": "tmplbase"}, bounds=Bounds(create=5.0, api=5.0, busy=3.0))
     kit = Kit(provider=provider, start_log=root / "starts")
     with pytest.raises(Unavailable):
         provider.resolve("base")
+    started = time.monotonic()
     res, _ = provider.run(request("true"), owner=kit.owner(), files={}, emit=lambda _: None, canceled=lambda: False)
     assert res.err_code is ErrCode.NET_FAIL
+    assert 1 < time.monotonic() - started < 3 + SLACK, "waited for, but not for ever"
     provider.close()
 
 

@@ -77,7 +77,8 @@ class Kit:
             "task_id": "t",
             "generation": 1,
         }
-        values |= {"env_ref": self.provider.resolve(self.template), "cmd": cmd, "files_in": (), "env": {}}
+        values |= {"cmd": cmd, "files_in": (), "env": {}}
+        values["env_ref"] = changes.get("env_ref") or self.provider.resolve(self.template)
         values |= {"workdir": "/workspace", "timeout_ms": 20_000, "limits": self.limits, "egress": Egress()}
         return SBXReq(**(values | changes))
 
