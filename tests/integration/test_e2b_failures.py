@@ -25,7 +25,7 @@ from devcluster.e2b.faults import Fault
 from tests.integration.test_sandbox_contract import Kit, archive, e2b_kit, eventually, open_directory, upload
 
 BOUNDS = Bounds(
-    create=2.5, api=1.5, transfer=1.5, tool=5.0, probe=0.4, busy=1.2, grace=1.0, sweeps=(0.3, 0.5, 1.0, 2.0, 2.0)
+    create=2.5, api=1.5, transfer=1.5, tool=5.0, probe=0.4, busy=3.0, grace=1.0, sweeps=(0.3, 0.5, 1.0, 2.0, 2.0)
 )
 MANY = 10**6
 FILES = upload(("archive", archive({"greeting": b"hello\n"})))
