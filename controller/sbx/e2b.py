@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -27,6 +25,7 @@ from controller.sbx.e2b_box import BoxTask, command_line
 from controller.sbx.e2b_calls import Bounds, load
 from controller.sbx.loop import Loop
 from controller.sbx.output import STREAM_LIMIT
+from controller.sbx.patience import patiently
 from controller.sbx.runs import Attempted, Run, Runs
 from controller.sbx.sweep import Sweep
 from controller.sbx.task import COLLECTED, Verdict, settle
@@ -144,29 +143,23 @@ class E2BProvider:
 
     async def _made(self, run: Run[Build]) -> AsyncSandbox | Verdict:
         with self._runs.timed("create"):
+            passing, seconds = e2b_errors.passing, self._bounds.busy
             try:
-                return await self._create(run)
-            except asyncio.CancelledError:
-                await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
-                raise
+                return await patiently(
+                    lambda: self._create(run), passing=passing, seconds=seconds, stopped=lambda: run.killed
+                )
             except Exception as e:  # noqa: BLE001 - translated, whatever it is
-                if e2b_errors.undecided(e):
-                    await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
                 return e2b_errors.of_create(e)
 
     async def _create(self, run: Run[Build]) -> AsyncSandbox:
-        """429 and 503 are load, not failure: waited out for a while."""
-        seconds = math.ceil(run.request.timeout_ms / 1000) + MARGIN
-        deadline, pause = time.monotonic() + self._bounds.busy, 0.5
-        while True:
-            try:
-                egress = e2b_api.network(run.request.egress)
-                return await self._api.create(run.made_of.template, owner=run.owner, seconds=seconds, egress=egress)
-            except Exception as e:
-                if not e2b_errors.busy(e) or time.monotonic() + pause > deadline or run.killed:
-                    raise
-            await asyncio.sleep(pause * (0.5 + random.random()))
-            pause = min(2 * pause, 8.0)
+        """What it made without our knowing is looked for at once."""
+        seconds, egress = math.ceil(run.request.timeout_ms / 1000) + MARGIN, e2b_api.network(run.request.egress)
+        try:
+            return await self._api.create(run.made_of.template, owner=run.owner, seconds=seconds, egress=egress)
+        except (Exception, asyncio.CancelledError) as e:
+            if e2b_errors.undecided(e):
+                await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
+            raise
 
     async def _inside(self, box: AsyncSandbox, run: Run[Build]) -> Attempted:
         task = BoxTask(

@@ -14,7 +14,7 @@ class Bounds:
     transfer: float = 120.0  # one file, in or out
     tool: float = 120.0  # one command of ours in the box
     probe: float = 10.0  # between two looks at the box while the task's command runs, and for each look
-    busy: float = 30.0  # how long 429 and 503 are waited out
+    busy: float = 60.0  # how long 429, 503 and refused connections are waited out while a box is made
     grace: float = 5.0  # for a command to end after it was killed
     sweeps: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 60.0)  # looks for a box whose creation was not answered
 

@@ -44,12 +44,12 @@ def _types() -> dict[str, tuple[type[Exception], ...]]:
     }
 
 
-def busy(error: Exception) -> bool:
-    """429 or 503: nothing was done, and the same call may succeed in a moment."""
-    return isinstance(error, _types()["busy"])
+def passing(error: Exception) -> bool:
+    """429, 503 or no connection: nothing was done, and the same call may succeed in a moment."""
+    return isinstance(error, (*_types()["busy"], *_types()["unreached"]))
 
 
-def undecided(error: Exception) -> bool:
+def undecided(error: BaseException) -> bool:
     """Whether a create that ended so may have made a box all the same."""
     types = _types()
     if isinstance(error, (*types["busy"], *types["unreached"], *types["refused"])):

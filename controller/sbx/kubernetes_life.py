@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from controller.sbx.kubernetes_claims import CLAIMS, POOLS, TEMPLATES
 from controller.sbx.kubernetes_errors import ApiError
 from controller.sbx.kubernetes_pod import PodSettings, name_of, owner_of
 from controller.sbx.loop import Loop
+from controller.sbx.patience import patiently
 from controller.sbx.runs import Run
 from controller.sbx.sweep import Sweep
 from controller.sbx.task import Verdict
@@ -81,16 +81,8 @@ class Lifecycle:
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]], run: Run[str]) -> T:
         """Asks again while that may help, for as long as load and restarts are waited out."""
-        deadline, pause = time.monotonic() + self._bounds.busy, 0.5
-        while True:
-            try:
-                return await ask()
-            except Exception as e:
-                waits = max(pause, getattr(e, "retry_after", 0.0))
-                if not kubernetes_errors.passing(e) or time.monotonic() + waits > deadline or run.killed:
-                    raise
-            await asyncio.sleep(waits * (0.5 + random.random()))
-            pause = min(2 * pause, 8.0)
+        passing, seconds = kubernetes_errors.passing, self._bounds.busy
+        return await patiently(ask, passing=passing, seconds=seconds, stopped=lambda: run.killed)
 
     async def _unprotected(self, label: str) -> str | None:
         """Why this label does not hold a task's network; looked at again every now and then."""

@@ -180,9 +180,23 @@ class Server:
         for site in list(self._runner.sites):
             self._do(site.stop())
 
+    def down(self) -> None:
+        """No connection is left, and new ones are refused, until `up`. Boxes stay."""
+        self._port = self._runner.addresses[0][1]
+        self.deaf()
+        assert self._runner.server is not None
+        self._do(self._runner.server.shutdown(0.1))
+
+    def up(self) -> None:
+        """Listens on the same port again."""
+        self._do(self._open())
+
+    async def _open(self) -> None:
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
+
     async def _listen(self) -> str:
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
+        await self._open()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     def _do(self, work: Any) -> Any:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class Kit:
             "task_id": "t",
             "generation": 1,
         }
-        values |= {"env_ref": self.provider.resolve(self.template), "cmd": cmd, "files_in": (), "env": {}}
+        values |= {"cmd": cmd, "files_in": (), "env": {}}
+        values["env_ref"] = changes.get("env_ref") or self.provider.resolve(self.template)
         values |= {"workdir": "/workspace", "timeout_ms": 20_000, "limits": self.limits, "egress": Egress()}
         return SBXReq(**(values | changes))
 
@@ -403,6 +404,17 @@ def test_a_retry_with_another_fence_is_independent(kit: Kit) -> None:
     assert starts == [["1", str(first.fence)], ["2", str(second.fence)]]
 
 
+def test_an_exception_from_the_caller_leaves_nothing_running(kit: Kit) -> None:
+    def emit(_: object) -> None:
+        raise RuntimeError("the database is gone")
+
+    request, started = kit.request("echo x; sleep 30"), time.monotonic()
+    with pytest.raises(RuntimeError):
+        kit.provider.run(request, owner=kit.owner(), files={}, emit=emit, canceled=lambda: False)
+    assert kit.provider.owned(STORE) == []
+    assert time.monotonic() - started < 10
+
+
 def test_every_start_of_a_command_is_logged_once(kit: Kit) -> None:
     owner = kit.owner(attempt=3)
     kit.run("exit 1", owner=owner)
@@ -447,6 +459,16 @@ def test_big_output_is_cut_with_a_mark(kit: Kit) -> None:
     assert big.text("stdout").endswith(mark) and big.text("stdout").count(mark) == 1
     assert len(big.res.stdout.encode()) == 16_384 and big.res.stdout.endswith(mark)
     assert big.res.stderr == "end\n", "one stream's cut leaves the other alone"
+
+
+def test_endless_output_is_cut_and_cancel_is_asked_meanwhile(kit: Kit) -> None:
+    if not kit.real:
+        pytest.skip("the mock prints no more than it was told")
+    asked: list[float] = []
+    out = kit.run("yes; echo never", timeout_ms=1_500, canceled=lambda: bool(asked.append(time.monotonic())))  # type: ignore[func-returns-value]
+    assert out.res.err_code is ErrCode.TIMEOUT
+    assert len(out.text("stdout")) < 2 * OUTPUT_LIMIT
+    assert max(later - sooner for sooner, later in pairwise(asked)) < 1.0
 
 
 def test_output_that_is_not_text_can_be_stored(kit: Kit) -> None:
