@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from devcluster.install import apply_chart
 from devcluster.node import NodeCluster
 from devcluster.postgres import Postgres
 from tests.support import agent_sandbox
+from tests.support.sandbox_kit import open_directory
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,16 @@ def database(postgres: Postgres, request: pytest.FixtureRequest) -> str:
     url = postgres.create_database(f"db_{request.module.__name__.rpartition('.')[2]}"[:60])
     migrate(url)
     return url
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A directory that sandboxes of other users can pass."""
+    path = open_directory()
+    yield path
+    # A relapse may have left what an ordinary removal cannot remove.
+    subprocess.run(["chmod", "-R", "u+rwx", str(path)], check=False)
+    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

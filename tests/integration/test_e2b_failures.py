@@ -5,7 +5,6 @@ The unmodified SDK talks to devcluster/e2b with one failure on purpose per test;
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from controller.sbx.e2b_api import Account
 from controller.sbx.e2b_calls import Bounds
 from devcluster.e2b.api import Server
 from devcluster.e2b.faults import Fault
-from tests.integration.test_sandbox_contract import Kit, archive, e2b_kit, eventually, open_directory, upload
+from tests.support.sandbox_kit import Kit, archive, e2b_kit, eventually, upload
 
 BOUNDS = Bounds(
     create=2.5, api=1.5, transfer=1.5, tool=5.0, probe=0.4, busy=3.0, grace=1.0, sweeps=(0.3, 0.5, 1.0, 2.0, 2.0)
@@ -30,13 +29,6 @@ BOUNDS = Bounds(
 MANY = 10**6
 FILES = upload(("archive", archive({"greeting": b"hello\n"})))
 SLACK = 5.0  # seconds that a loaded machine may add
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = open_directory()
-    yield path
-    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture

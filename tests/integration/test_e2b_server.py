@@ -25,10 +25,8 @@ from controller.sbx import templates
 from controller.sbx.limits import CgroupTree
 from devcluster.e2b.api import Server, application
 from devcluster.e2b.host import Host
-from tests.integration.test_e2b_failures import root
-from tests.integration.test_sandbox_contract import eventually
+from tests.support.sandbox_kit import eventually
 
-__all__ = ["root"]
 CGROUPS = f"sisu-kodo-e2b-server-{os.getpid()}"
 
 

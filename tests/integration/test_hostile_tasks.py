@@ -9,55 +9,31 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from controller.core.contract import ErrCode, Limits
-from controller.sbx.local import LocalProvider
-from tests.integration.test_sandbox_contract import (
+from tests.support.sandbox_kit import (
     OUTPUT_LIMIT,
+    REAL,
     STORE,
     Kit,
-    e2b_kit,
-    give_pool,
-    node_kit,
-    open_directory,
+    real_kit,
 )
 
 ROOT = os.geteuid() == 0
 SMALL = Limits(cpu_millis=400, memory_mb=64, disk_mb=32)
-PODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("kubernetes", "claims")]
 # Said with the outcome, wherever the kernel's own count of the sandbox can be read; E2B shows none.
 OUT_OF_MEMORY = {"local": ErrCode.OOM if ROOT else ErrCode.CMD_NONZERO, "e2b": ErrCode.CMD_NONZERO}
 
 
-@pytest.fixture(params=["local", "e2b", *PODS])
-def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
+@pytest.fixture(params=REAL)
+def kit(request: pytest.FixtureRequest, root: Path) -> Iterator[Kit]:
     """A sandbox provider. After each test an ordinary task still runs, and nothing of the others is there."""
-    root = open_directory()
-    try:
-        if request.param == "e2b":
-            with e2b_kit(root) as (found, _):
-                yield found
-                harmless(found)
-        elif request.param == "local":
-            local = LocalProvider(
-                state_root=root / "state", start_log=root / "starts", output_limit=OUTPUT_LIMIT, grace_seconds=0.5
-            )
-            yield (found := Kit(provider=local, start_log=root / "starts"))
-            harmless(found)
-            local.close()
-            assert list((root / "state" / "boxes").iterdir()) == []
-        else:
-            claims = request.param == "claims"
-            cluster = request.getfixturevalue("warm_cluster" if claims else "sandbox_cluster")
-            if claims:
-                give_pool(cluster, replicas=1)
-            with node_kit(cluster, root, claims=claims) as found:
-                yield found
-                harmless(found)
-    finally:
-        subprocess.run(["rm", "-rf", str(root)], check=True)
+    with real_kit(request.param, root, request) as found:
+        yield found
+        harmless(found)
 
 
 def harmless(kit: Kit) -> None:

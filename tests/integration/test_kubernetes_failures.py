@@ -5,12 +5,9 @@ The provider talks to tests/support/pods_server.py with one failure on purpose p
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +16,24 @@ import pytest
 from controller.core.contract import Egress, ErrCode
 from controller.core.errors import InvalidIntent, Unavailable
 from controller.sbx.kubernetes import KubernetesProvider
-from controller.sbx.kubernetes_api import Bounds
 from controller.sbx.kubernetes_life import MARGIN
-from controller.sbx.kubernetes_pod import PodSettings, name_of
-from controller.sbx.limits import CgroupTree
-from tests.integration.test_sandbox_contract import (
-    OUTPUT_LIMIT,
+from controller.sbx.kubernetes_pod import name_of
+from tests.support.pods_server import IMAGE, PodsServer
+from tests.support.sandbox_kit import (
+    BOUNDS,
+    PODS,
     STORE,
     Kit,
     archive,
     eventually,
-    open_directory,
+    pods_kit,
     upload,
 )
-from tests.support.pods_server import IMAGE, NAMESPACE, PodsServer
 
-BOUNDS = Bounds(api=1.5, tool=5.0, probe=0.4, busy=4.0, grace=0.8, reason=0.8, gone=1.0, sweeps=(0.3, 0.5, 1.0, 2.0))
-PODS = PodSettings(namespace=NAMESPACE, boot=2.0)
 MANY = 10**6
 SLACK = 5.0  # seconds that a loaded machine may add
 FORBIDDEN = '{"kind": "Status", "message": "pods is forbidden: violates PodSecurity \\"restricted:latest\\""}'
 QUOTA = '{"kind": "Status", "message": "pods \\"x\\" is forbidden: exceeded quota: sandboxes, requested: pods=1"}'
-
-
-@contextmanager
-def pods_kit(root: Path, *, pods: PodSettings = PODS, **options: Any) -> Iterator[tuple[Kit, PodsServer]]:
-    """The provider and the server that it talks to. At the end there is no Pod."""
-    cgroups = f"sisu-kodo-pods-{os.getpid()}"
-    try:
-        with PodsServer(root, cgroups=cgroups) as server:
-            provider = KubernetesProvider(
-                server.kubeconfig,
-                templates={"base": IMAGE},
-                pods=pods,
-                start_log=root / "starts",
-                output_limit=OUTPUT_LIMIT,
-                bounds=BOUNDS,
-                **options,
-            )
-            yield Kit(provider=provider, start_log=root / "starts"), server
-            server.plan.clear()
-            eventually(lambda: not server.pods and not server.claims, seconds=10)
-            provider.close()
-    finally:
-        for directory in CgroupTree.find(parent=cgroups).roots:
-            directory.rmdir()
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = open_directory()
-    yield path
-    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ from controller.core.contract import Egress, ErrCode, Limits
 from controller.sbx import kubernetes_claims, kubernetes_pod
 from controller.sbx.kubernetes_pod import PodSettings, name_of
 from devcluster.node import NodeCluster
-from tests.integration.test_kubernetes_failures import BOUNDS, pods_kit
-from tests.integration.test_sandbox_contract import (
+from tests.support.pods_server import IMAGE, NAMESPACE, PodsServer
+from tests.support.sandbox_kit import (
+    BOUNDS,
     SANDBOXES,
     STORE,
     Kit,
@@ -29,20 +29,12 @@ from tests.integration.test_sandbox_contract import (
     eventually,
     give_pool,
     node_kit,
-    open_directory,
+    pods_kit,
     upload,
 )
-from tests.support.pods_server import IMAGE, NAMESPACE, PodsServer
 
 PODS = PodSettings(namespace=NAMESPACE, boot=2.0, claims=True)
 MANY = 10**6
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = open_directory()
-    yield path
-    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture

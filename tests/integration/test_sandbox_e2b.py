@@ -12,10 +12,10 @@ from controller.core.errors import InvalidIntent, Permanent, Unavailable
 from controller.sbx import templates
 from controller.sbx.e2b_box import command_line
 from devcluster.e2b.api import Server
-from tests.integration.test_e2b_failures import MANY, both, plan, request, root
-from tests.integration.test_sandbox_contract import STORE, Kit, eventually, upload
+from tests.integration.test_e2b_failures import MANY, both, plan, request
+from tests.support.sandbox_kit import STORE, Kit, eventually, upload
 
-__all__ = ["both", "root"]
+__all__ = ["both"]
 
 # --------------------------------------------------------------------------- whose boxes
 

@@ -6,7 +6,6 @@ The node is devcluster's: cgroup v1, 512 processes per Pod, Pods without a route
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,26 +20,18 @@ from controller.sbx.kubernetes import KubernetesProvider
 from controller.sbx.kubernetes_api import Bounds
 from controller.sbx.kubernetes_pod import PodSettings, name_of
 from devcluster.node import NodeCluster
-from tests.integration.test_sandbox_contract import (
+from tests.support.sandbox_kit import (
     SANDBOXES,
     STORE,
     Kit,
     archive,
     eventually,
     node_kit,
-    open_directory,
     upload,
 )
 
 pytestmark = pytest.mark.slow
 SMALL = Limits(cpu_millis=400, memory_mb=64, disk_mb=32)
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = open_directory()
-    yield path
-    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from controller.sbx.artifacts import Caps
 from controller.sbx.limits import CgroupTree
 from controller.sbx.local import LocalProvider
 from devcluster.sandbox_python import toolchain
-from tests.integration.test_sandbox_contract import STORE, Kit, archive, eventually, open_directory, upload
+from tests.support.sandbox_kit import STORE, Kit, archive, eventually, upload
 
 ROOT = os.geteuid() == 0
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,15 +37,6 @@ needs_root = pytest.mark.skipif(not ROOT, reason="needs root: cgroups and outer 
 MARK = f"4{os.getpid()}"  # so that a process which an earlier run left is never taken for ours
 CGROUPS = f"sisu-kodo-test-{os.getpid()}"
 CAPS = Caps(files=5, file_bytes=100_000, total_bytes=250_000)
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = open_directory()
-    yield path
-    # A relapse may have left what an ordinary removal cannot remove.
-    subprocess.run(["chmod", "-R", "u+rwx", str(path)], check=False)
-    subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
 @pytest.fixture
