@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 from kubernetes.aio import client, config
+from kubernetes.utils.quantity import parse_quantity
 
 from controller.sbx.kubernetes_errors import ApiError
 from controller.sbx.kubernetes_exec import PROTOCOLS, follow
@@ -176,6 +177,14 @@ class Api:
     async def _headers(self, api: client.ApiClient) -> dict[str, str]:
         auth = await api.configuration.auth_settings()  # reads a service account's token again when it was renewed
         return {str(one["key"]): str(one["value"]) for one in auth.values()}
+
+
+def same_amount(one: object, other: object) -> bool:
+    """Whether two quantities are the same, however they are written (1000m, 1). What is no quantity is the same as nothing else."""
+    try:
+        return bool(parse_quantity(one) == parse_quantity(other))  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError):
+        return False
 
 
 async def _connect(kubeconfig: Path | None) -> client.ApiClient:

@@ -10,12 +10,10 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from kubernetes.utils.quantity import parse_quantity
-
 from controller.core.contract import ErrCode
 from controller.core.model import Owner
 from controller.sbx import kubernetes_pod
-from controller.sbx.kubernetes_api import Kind
+from controller.sbx.kubernetes_api import Kind, same_amount
 from controller.sbx.kubernetes_pod import EGRESS, PodSettings
 from controller.sbx.task import Verdict
 
@@ -116,11 +114,8 @@ def _difference(wanted: Any, found: Any, path: str) -> str | None:
 def _same(name: str, wanted: Any, found: Any) -> bool:
     if name in AT_LEAST:
         return _within(wanted or [], found or [])
-    if name in AMOUNTS and wanted is not None and found is not None:
-        try:
-            return bool(parse_quantity(wanted) == parse_quantity(found))  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError):
-            return False
+    if name in AMOUNTS:
+        return same_amount(wanted, found)
     return bool(wanted == found) or (wanted in (None, [], {}) and found in (None, [], {}))
 
 
