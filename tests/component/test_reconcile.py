@@ -965,6 +965,30 @@ async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> N
         await until(world, lambda: world.status()["tasks"]["succeeded"] == 1)
 
 
+async def test_a_vote_that_comes_with_the_answer_to_our_own_write_is_counted(world: World) -> None:
+    def votes_at_once(plural: str, kind: str, obj: Mapping[str, Any]) -> None:
+        if not world.blind and plural == "intents" and obj.get("status", {}).get("phase") == "WaitingInput":
+            world.blind = True
+            world.cluster.vote(obj["status"]["plan"]["approvalName"])
+
+    uid = world.cluster.apply()
+    await world.settle(uid)
+    world.store.plan_ready(uid, diff=DIFF)
+    world.cluster.watchers.append(votes_at_once)
+    await world.reconciler.reconcile(uid)
+    assert f"{uid}:execute:1" in world.store.enqueued
+
+
+async def test_a_change_of_the_intent_that_comes_with_the_answer_to_our_own_write_is_seen(world: World) -> None:
+    uid = await everything(world)
+    world.blind = True
+    world.cluster.apply(cancel=True)
+    world.store.begin_tasks(uid, 2, running=1)
+    world.clock.sleep(2)
+    await world.reconciler.reconcile(uid)
+    assert world.run(uid).status is Status.CANCELING
+
+
 async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:
     uid = await world.waiting()
     world.clock.at = NOW + timedelta(days=30)
