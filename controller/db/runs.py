@@ -170,7 +170,7 @@ class PgRunStore:
     def open_runs(self) -> Sequence[Mapping[str, Any]]:
         return rows(self._pool, "open_runs")
 
-    def progress(self) -> Mapping[str, int]:
+    def progress(self) -> Mapping[str, str]:
         return {r["intent_id"]: r["mark"] for r in rows(self._pool, "progress")}
 
     def overdue(self) -> Sequence[str]:
