@@ -1,4 +1,4 @@
-"""The control loop of one Intent: observe, decide (core.plan), act; again while an action changed the database."""
+"""The control loop of one Intent: observe, decide (core.plan), act; again while an action found or made something new."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ MAX_TURNS = 8
 MAX_EDITIONS = 5
 GATE_RETRY_SECONDS = 5.0
 PASSING_SECONDS = 0.25
+LOOK_AGAIN_SECONDS = 0.5
 
 
 class Reconciler:
@@ -162,22 +163,21 @@ class Reconciler:
             case plan.CreateApproval():
                 return await self._create_approval(world)
             case _:
-                return await self._decide(world, action)
+                await self._decide(world, action)
+                return False
 
-    async def _decide(self, world: plan.World, action: plan.Action) -> bool:
-        run, store = world.run, self._store
+    async def _decide(self, world: plan.World, action: plan.Action) -> None:
+        """The notification of the new status brings the next look. Where there is none (a new run, a lost race), time does."""
+        intent, run, store = world.intent, world.run, self._store
         if isinstance(action, plan.StartRun):
-            requester = str(world.intent.spec.get("requestedBy", ""))
-            await self._db(lambda: store.start(world.intent, action.settings, requested_by=requester))
-            return True
-        assert run is not None
-        won = await self._db(lambda: _call(store, run, action))
-        name = type(action).__name__.lower()
-        log.info("decided", extra={"action": name, "won": won, "intent": world.intent.name, "uid": world.intent.uid})
-        if not won:
-            # Somebody moved first, or the database's clock is behind ours: look again, but not in a tight circle.
-            self._add_later(world.intent.uid, 0.5)
-        return won
+            requester = str(intent.spec.get("requestedBy", ""))
+            await self._db(lambda: store.start(intent, action.settings, requested_by=requester))
+        else:
+            assert run is not None
+            won = await self._db(lambda: _call(store, run, action))
+            name = type(action).__name__.lower()
+            log.info("decided", extra={"action": name, "won": won, "intent": intent.name, "uid": intent.uid})
+        self._add_later(intent.uid, LOOK_AGAIN_SECONDS)
 
     async def _write_status(self, world: plan.World, wanted: Mapping[str, Any]) -> bool:
         intent = world.intent

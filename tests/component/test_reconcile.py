@@ -897,10 +897,10 @@ async def test_an_intent_past_its_time_to_live_is_deleted_and_not_before(world: 
     world.cluster.vote(str(world.run(uid).approval_name), verdict="Reject")
     await world.settle(uid)
     made = operator(world)
-    world.clock.at += timedelta(seconds=59)
+    world.clock.at += timedelta(seconds=50)
     await made._tick()
     assert world.cluster.of_kind("intents")
-    world.clock.at += timedelta(seconds=1)
+    world.clock.at += timedelta(seconds=10)
     await made._tick()
     assert world.cluster.of_kind("intents") == []
 
