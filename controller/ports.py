@@ -222,6 +222,9 @@ class WorkStore(Protocol):
     def blob(self, sha256: str) -> bytes:
         """Content by hash, verified. Raises DigestMismatch when it is missing or altered."""
 
+    def check_blobs(self, shas: Sequence[str]) -> None:
+        """Read and verify them. Raises DigestMismatch when one is missing or altered."""
+
     def planned(
         self,
         ctx: Context,

@@ -212,8 +212,8 @@ INSERT INTO app.blobs (sha256, size, content) VALUES (%(sha256)s, %(size)s, %(co
 -- name: has_blob
 SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 
--- name: blob
-SELECT content FROM app.blobs WHERE sha256 = %(sha256)s
+-- name: blobs
+SELECT sha256, content FROM app.blobs WHERE sha256 = ANY(%(shas)s)
 
 -- name: artifact
 SELECT sha256 FROM app.artifacts WHERE uri = %(uri)s ORDER BY attempt DESC LIMIT 1

@@ -683,9 +683,15 @@ def test_blobs_are_verified(pg: InPostgres) -> None:
     assert pg.work.put_blob(b"content") == sha and pg.work.blob(sha) == b"content"
     with pytest.raises(DigestMismatch, match="missing"):
         pg.work.blob("0" * 64)
+    other = pg.work.put_blob(b"more")
+    pg.work.check_blobs([sha, other, sha])
+    with pytest.raises(DigestMismatch, match="missing"):
+        pg.work.check_blobs([sha, "0" * 64])
     pg.rows("UPDATE app.blobs SET content = 'other' WHERE sha256 = %s RETURNING 1", sha)
     with pytest.raises(DigestMismatch, match="altered"):
         pg.work.blob(sha)
+    with pytest.raises(DigestMismatch, match="altered"):
+        pg.work.check_blobs([other, sha])
 
 
 def turn(prompt: str = "p", **changes: Any) -> TurnRequest:
