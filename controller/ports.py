@@ -182,8 +182,8 @@ class RunStore(Protocol):
     def open_runs(self) -> Sequence[Mapping[str, Any]]:
         """Runs that are not terminal: {intent_id, namespace, name, status, stage}."""
 
-    def progress(self) -> Mapping[str, int]:
-        """Per executing intent a mark that changes when one of its tasks begins or ends."""
+    def progress(self) -> Mapping[str, str]:
+        """Per Intent whose run is at work a mark that changes with its stage, last step, tokens, and when a task begins or ends."""
 
     def overdue(self) -> Sequence[str]:
         """Intents whose approval deadline has passed."""
@@ -221,6 +221,9 @@ class WorkStore(Protocol):
 
     def blob(self, sha256: str) -> bytes:
         """Content by hash, verified. Raises DigestMismatch when it is missing or altered."""
+
+    def check_blobs(self, shas: Sequence[str]) -> None:
+        """Read and verify them. Raises DigestMismatch when one is missing or altered."""
 
     def planned(
         self,

@@ -171,7 +171,8 @@ BEGIN
   IF TG_OP = 'INSERT' OR OLD.status IS DISTINCT FROM NEW.status OR OLD.stage IS DISTINCT FROM NEW.stage THEN
     INSERT INTO app.run_transitions (run_id, status, stage, reason) VALUES (NEW.id, NEW.status, NEW.stage, NEW.reason);
   END IF;
-  PERFORM pg_notify('sisukodo_runs', NEW.intent_id);
+  -- Progress (steps, tokens, tasks) is looked up once a second instead, and a new run's row is read by whoever inserted it.
+  IF TG_OP = 'UPDATE' AND OLD.status IS DISTINCT FROM NEW.status THEN PERFORM pg_notify('sisukodo_runs', NEW.intent_id); END IF;
   RETURN NULL;
 END $$;
 CREATE TRIGGER run_transition AFTER INSERT OR UPDATE ON app.runs FOR EACH ROW EXECUTE FUNCTION app.log_transition();

@@ -127,7 +127,7 @@ class World:
 
 
 def decide(world: World) -> tuple[Action, ...]:
-    """What to do now, in order. At most one action changes the database; after it, look again."""
+    """What to do now, in order. At most one action changes the database."""
     if world.intent.deleting:
         return _deleting(world)
     consumed = _consumed_before(world)

@@ -14,6 +14,8 @@ def hidden(character: str) -> bool:
 
 def visible(text: str) -> str:
     """The text with every hidden character as `<U+202E>`."""
+    if text.isprintable():
+        return text
     return "".join(f"<U+{ord(c):04X}>" if hidden(c) else c for c in text)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from controller.core.digest import sha256
 from controller.core.errors import DigestMismatch
-from controller.db.pool import Pool, one
+from controller.db.pool import Pool, rows
+
+
+def read_blobs(pool: Pool, shas: Sequence[str]) -> dict[str, bytes]:
+    """The bytes with these hashes, checked. Raises DigestMismatch when some are missing or were altered."""
+    found = {row["sha256"]: bytes(row["content"]) for row in rows(pool, "blobs", shas=list(shas))}
+    for sha in shas:
+        if sha not in found:
+            raise DigestMismatch(f"blob {sha} is missing")
+        if sha256(found[sha]) != sha:
+            raise DigestMismatch(f"blob {sha} was altered")
+    return found
 
 
 def read_blob(pool: Pool, sha: str) -> bytes:
-    """The bytes with this hash, checked. Raises DigestMismatch when they are missing or were altered."""
-    row = one(pool, "blob", sha256=sha)
-    if row is None:
-        raise DigestMismatch(f"blob {sha} is missing")
-    content = bytes(row["content"])
-    if sha256(content) != sha:
-        raise DigestMismatch(f"blob {sha} was altered")
-    return content
+    """One of them."""
+    return read_blobs(pool, [sha])[sha]

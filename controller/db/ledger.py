@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import psycopg
+from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 
 from controller.core import storable
@@ -13,7 +15,7 @@ from controller.core.errors import InvalidPlan
 from controller.core.model import Recorded, TurnReply, TurnRequest
 from controller.core.visible import visible
 from controller.core.work import Context
-from controller.db.pool import Pool, change, one
+from controller.db.pool import SQL, Pool, one, transaction
 
 STEP = "CompileST"
 
@@ -62,27 +64,30 @@ class PgTurnLedger:
                 "error": None,
             },
         )
-        change(self._pool, "add_tokens", run_id=self._ctx.run_id)
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
         nothing = dict.fromkeys(("session", "response", "structured", "raw_text", "tool_calls", "timings", "tokens"))
         self._write(request, {**nothing, "err_code": type(error).__name__, "error": visible(str(error))[:4096]})
 
     def _write(self, request: TurnRequest, reply: Mapping[str, Any]) -> None:
-        change(
-            self._pool,
-            "ledger_put",
-            op_key=self._op_key(request),
-            run_id=self._ctx.run_id,
-            step_id=STEP,
-            attempt=self._ctx.plan_no,
-            seq=len(request.history),
-            agent=request.agent,
-            schema_hash=sha256_json(dict(request.schema)),
-            prompt=request.prompt,
-            request=Jsonb({"agent": request.agent, "commit": request.commit, "session": request.session}),
+        params = {
+            "op_key": self._op_key(request),
+            "run_id": self._ctx.run_id,
+            "step_id": STEP,
+            "attempt": self._ctx.plan_no,
+            "seq": len(request.history),
+            "agent": request.agent,
+            "schema_hash": sha256_json(dict(request.schema)),
+            "prompt": request.prompt,
+            "request": Jsonb({"agent": request.agent, "commit": request.commit, "session": request.session}),
             **reply,
-        )
+        }
+
+        def body(c: psycopg.Connection[DictRow]) -> None:
+            c.execute(SQL["ledger_put"], params)
+            c.execute(SQL["add_tokens"], {"run_id": self._ctx.run_id})
+
+        transaction(self._pool, body)
 
     def _op_key(self, request: TurnRequest) -> str:
         return sha256_json(

@@ -158,10 +158,11 @@ SELECT r.intent_id, r.id AS run_id, r.status, r.stage, i.namespace, i.name FROM 
  WHERE r.status NOT IN ('succeeded','failed','retries_exceeded','canceled','rejected','expired')
 
 -- name: progress
--- Executing runs and how many of their tasks have ended: what NOTIFY does not tell.
-SELECT r.intent_id, count(*) FILTER (WHERE t.status IN ('succeeded','failed')) * 100000 + count(*) FILTER (WHERE t.status = 'running') AS mark
-  FROM app.runs r JOIN app.sbx_runs t ON t.run_id = r.id
- WHERE r.status IN ('running','canceling') AND r.stage = 'execute' GROUP BY 1
+-- Runs at work, and what of them changes while their status stays: what NOTIFY does not tell.
+SELECT r.intent_id, concat_ws(' ', r.stage, coalesce(r.last_step, '-'), r.tokens, count(t.run_id) FILTER (WHERE t.status IN ('succeeded','failed')),
+                              count(t.run_id) FILTER (WHERE t.status = 'running')) AS mark
+  FROM app.runs r LEFT JOIN app.sbx_runs t ON t.run_id = r.id AND r.stage = 'execute'
+ WHERE r.status IN ('running','canceling') GROUP BY r.id
 
 -- name: overdue
 SELECT intent_id FROM app.runs WHERE status = 'waiting_input' AND approval_deadline <= clock_timestamp()
@@ -212,8 +213,8 @@ INSERT INTO app.blobs (sha256, size, content) VALUES (%(sha256)s, %(size)s, %(co
 -- name: has_blob
 SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 
--- name: blob
-SELECT content FROM app.blobs WHERE sha256 = %(sha256)s
+-- name: blobs
+SELECT sha256, content FROM app.blobs WHERE sha256 = ANY(%(shas)s)
 
 -- name: artifact
 SELECT sha256 FROM app.artifacts WHERE uri = %(uri)s ORDER BY attempt DESC LIMIT 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import cachetools
 import psycopg
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
@@ -18,6 +21,7 @@ from controller.core.settings import Settings
 from controller.db.blobs import read_blob
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
 
+PATCH_CACHE_BYTES = 8 * 1024 * 1024
 INFRASTRUCTURE = [code.value for code in ErrCode if code.retryable or code is ErrCode.SKIPPED]
 
 
@@ -43,6 +47,10 @@ class PgRunStore:
     def __init__(self, pool: Pool, *, app_version: str) -> None:
         self._pool = pool
         self._version = app_version
+        # Read when the plan is shown, and again when its votes are counted.
+        self._patch = cachetools.cached(cachetools.LRUCache(PATCH_CACHE_BYTES, getsizeof=len), lock=threading.Lock())(
+            partial(read_blob, pool)
+        )
 
     def store_id(self) -> str:
         row = one(self._pool, "store_id")
@@ -85,7 +93,7 @@ class PgRunStore:
         transaction(self._pool, body)
 
     def patch(self, run: Run) -> bytes:
-        return read_blob(self._pool, str(run.patch_sha256))
+        return self._patch(str(run.patch_sha256))
 
     def record_approval_object(self, run: Run, *, name: str, uid: str) -> bool:
         return (
@@ -170,7 +178,7 @@ class PgRunStore:
     def open_runs(self) -> Sequence[Mapping[str, Any]]:
         return rows(self._pool, "open_runs")
 
-    def progress(self) -> Mapping[str, int]:
+    def progress(self) -> Mapping[str, str]:
         return {r["intent_id"]: r["mark"] for r in rows(self._pool, "progress")}
 
     def overdue(self) -> Sequence[str]:

@@ -19,7 +19,7 @@ from controller.core.settings import Settings
 from controller.core.visible import visible
 from controller.core.work import Attempt, Context, Execution, Outcome, TaskResult
 from controller.db.artifacts import artifact_uri
-from controller.db.blobs import read_blob
+from controller.db.blobs import read_blob, read_blobs
 from controller.db.pool import SQL, Pool, change, one, rows, transaction
 from controller.db.runs import move_params
 
@@ -88,6 +88,9 @@ class PgWorkStore:
 
     def blob(self, sha: str) -> bytes:
         return read_blob(self._pool, sha)
+
+    def check_blobs(self, shas: Sequence[str]) -> None:
+        read_blobs(self._pool, shas)
 
     def planned(
         self,

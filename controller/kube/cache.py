@@ -34,9 +34,7 @@ class Cache:
 
     def knows(self, plural: str, obj: Object) -> bool:
         """Whether any version of this object was seen before."""
-        if plural == "intents":
-            return obj["metadata"]["uid"] in self._intents
-        return (obj["metadata"]["namespace"], obj["metadata"]["name"]) in self._approvals
+        return self._known(plural, obj) is not None
 
     def saw_intent(self, obj: Object) -> bool:
         """Keep it if it is news; whether it is."""
@@ -56,6 +54,16 @@ class Cache:
         self._approvals[key] = _slim_approval(obj)
         return True
 
+    def wrote(self, plural: str, obj: Object) -> bool:
+        """Keep the answer to a write of ours; whether somebody else's change came with it, of which no event will be news."""
+        known = self._known(plural, obj)
+        news = self.saw_intent(obj) if plural == "intents" else self.saw_approval(obj)
+        return news and known is not None and _of_others(known) != _of_others(obj)
+
+    def _known(self, plural: str, obj: Object) -> Object | None:
+        meta = obj["metadata"]
+        return self.intent(meta["uid"]) if plural == "intents" else self.approval(meta["namespace"], meta["name"])
+
     def lost_intent(self, uid: str) -> None:
         """It is gone."""
         self._intents.pop(uid, None)
@@ -67,6 +75,11 @@ class Cache:
         if known is not None and known["metadata"]["uid"] == obj["metadata"]["uid"]:
             del self._approvals[key]  # else a successor of the same name is there already
         return str(obj["spec"]["intent"]["uid"])
+
+
+def _of_others(obj: Object) -> tuple[object, ...]:
+    """What a status does not change; the API server counts a spec's versions as its generation."""
+    return tuple(obj["metadata"].get(key) for key in ("generation", "annotations", "deletionTimestamp"))
 
 
 def _slim(obj: Object) -> Object:

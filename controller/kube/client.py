@@ -46,13 +46,14 @@ async def _call(awaitable: Awaitable[Any]) -> Any:
 
 async def connect(kubeconfig: Path | None) -> client.ApiClient:
     """From a kubeconfig file, or in a cluster from the mounted service account."""
+    # Proxies and .netrc are not for the API server, and looking for them takes two threads per request.
+    settings = client.Configuration(client_session_kwargs={"trust_env": False})
     if kubeconfig is not None:
-        api: client.ApiClient = await config.new_client_from_config(  # type: ignore[no-untyped-call]
-            config_file=str(kubeconfig), persist_config=False
+        await config.load_kube_config(  # type: ignore[no-untyped-call]
+            config_file=str(kubeconfig), client_configuration=settings, persist_config=False
         )
-        return api
-    settings = client.Configuration()
-    config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+    else:
+        config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
     return client.ApiClient(configuration=settings)
 
 

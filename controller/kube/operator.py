@@ -46,7 +46,7 @@ class Operator:
         self._resync_seconds, self._observe = resync_seconds, observe
         self._reconciler = reconciler(lambda uid, seconds: self.queue.add_later(uid, seconds))
         self.queue = WorkQueue(self._timed, workers=workers)
-        self._marks: Mapping[str, int] = {}
+        self._marks: Mapping[str, str] = {}
         self._deleted: set[str] = set()
         self.last_event: dict[str, float] = {}
         self.last_resync: float | None = None
@@ -102,7 +102,7 @@ class Operator:
             await asyncio.sleep(seconds)
 
     async def _tick(self) -> None:
-        """What no notification tells: tasks that began or ended, deadlines that passed, Intents past their time to live."""
+        """What no notification tells: progress of runs at work, deadlines that passed, Intents past their time to live."""
         marks = await asyncio.to_thread(self._store.progress)
         for uid, mark in marks.items():
             if self._marks.get(uid) != mark:

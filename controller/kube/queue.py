@@ -32,6 +32,7 @@ class WorkQueue:
         self._patiently: set[str] = set()  # of those that are busy
         self._busy: set[str] = set()
         self._delays: dict[str, float] = {}
+        self._later: dict[str, asyncio.TimerHandle] = {}
         self._wake = asyncio.Event()
         self.errors = 0
 
@@ -48,8 +49,17 @@ class WorkQueue:
         self._wake.set()
 
     def add_later(self, key: str, seconds: float) -> None:
-        """Look again then."""
-        asyncio.get_running_loop().call_later(seconds, self.add, key)
+        """Look again then, unless somebody looks sooner: that look knows by itself whether another is due."""
+        loop = asyncio.get_running_loop()
+        before = self._later.get(key)
+        if before is None or loop.time() + seconds < before.when():
+            self._cancel_later(key)
+            self._later[key] = loop.call_later(seconds, self.add, key)
+
+    def _cancel_later(self, key: str) -> None:
+        timer = self._later.pop(key, None)
+        if timer is not None:
+            timer.cancel()
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -66,6 +76,7 @@ class WorkQueue:
                     if key not in self._busy:
                         del lane[key]
                         self._busy.add(key)
+                        self._cancel_later(key)
                         if lane is self._patient:
                             self._patiently.add(key)
                         return key

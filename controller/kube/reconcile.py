@@ -1,4 +1,4 @@
-"""The control loop of one Intent: observe, decide (core.plan), act; again while an action changed the database."""
+"""The control loop of one Intent: observe, decide (core.plan), act; again while an action found or made something new."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ MAX_TURNS = 8
 MAX_EDITIONS = 5
 GATE_RETRY_SECONDS = 5.0
 PASSING_SECONDS = 0.25
+LOOK_AGAIN_SECONDS = 0.5
 
 
 class Reconciler:
@@ -153,49 +154,47 @@ class Reconciler:
         """True when the database or the world changed and it is worth looking again."""
         match action:
             case plan.WriteStatus():
-                await self._write_status(world, action.status)
-                return False
+                return await self._write_status(world, action.status)
             case plan.WriteApprovalStatus():
-                await self._write_approval_status(world, action)
-                return False
+                return await self._write_approval_status(world, action)
             case plan.AddFinalizer() | plan.RemoveFinalizer():
                 await self._finalizer(world, present=isinstance(action, plan.AddFinalizer))
                 return False
             case plan.CreateApproval():
                 return await self._create_approval(world)
             case _:
-                return await self._decide(world, action)
+                await self._decide(world, action)
+                return False
 
-    async def _decide(self, world: plan.World, action: plan.Action) -> bool:
-        run, store = world.run, self._store
+    async def _decide(self, world: plan.World, action: plan.Action) -> None:
+        """The notification of the new status brings the next look. Where there is none (a new run, a lost race), time does."""
+        intent, run, store = world.intent, world.run, self._store
         if isinstance(action, plan.StartRun):
-            requester = str(world.intent.spec.get("requestedBy", ""))
-            await self._db(lambda: store.start(world.intent, action.settings, requested_by=requester))
-            return True
-        assert run is not None
-        won = await self._db(lambda: _call(store, run, action))
-        name = type(action).__name__.lower()
-        log.info("decided", extra={"action": name, "won": won, "intent": world.intent.name, "uid": world.intent.uid})
-        if not won:
-            # Somebody moved first, or the database's clock is behind ours: look again, but not in a tight circle.
-            self._add_later(world.intent.uid, 0.5)
-        return won
+            requester = str(intent.spec.get("requestedBy", ""))
+            await self._db(lambda: store.start(intent, action.settings, requested_by=requester))
+        else:
+            assert run is not None
+            won = await self._db(lambda: _call(store, run, action))
+            name = type(action).__name__.lower()
+            log.info("decided", extra={"action": name, "won": won, "intent": intent.name, "uid": intent.uid})
+        self._add_later(intent.uid, LOOK_AGAIN_SECONDS)
 
-    async def _write_status(self, world: plan.World, wanted: Mapping[str, Any]) -> None:
+    async def _write_status(self, world: plan.World, wanted: Mapping[str, Any]) -> bool:
         intent = world.intent
         wait = self._pace.wait(intent.uid, news=projection.news(intent.status, wanted), running=_passing(world, wanted))
         if wait > 0:
             self._add_later(intent.uid, wait)
-            return
+            return False
         patch = merge_patch(intent.status, wanted)
         obj = await self._cluster.patch_status("intents", intent.namespace, intent.name, patch, uid=intent.uid)
-        self._cache.saw_intent(obj)
+        again = self._cache.wrote("intents", obj)
         self._pace.wrote(intent.uid)
         for happened in events.between(intent.status, wanted, world.approval):
             self._emitting.add(task := asyncio.create_task(self._emit(world, happened)))
             task.add_done_callback(self._emitting.discard)
         if world.run is not None and world.run.updated_at is not None:
             self._observe_metric("status_lag", max(0.0, (self._clock.now() - world.run.updated_at).total_seconds()))
+        return again
 
     async def _emit(self, world: plan.World, happened: events.Happening) -> None:
         body = objects.event(
@@ -214,13 +213,13 @@ class Reconciler:
                 "event not emitted", extra={"reason": happened.reason, "uid": world.intent.uid, "error": str(e)}
             )
 
-    async def _write_approval_status(self, world: plan.World, action: plan.WriteApprovalStatus) -> None:
+    async def _write_approval_status(self, world: plan.World, action: plan.WriteApprovalStatus) -> bool:
         assert world.approval is not None
         patch = merge_patch(world.approval.status, action.status)
         obj = await self._cluster.patch_status(
             "planapprovals", world.intent.namespace, action.name, patch, uid=world.approval.uid
         )
-        self._cache.saw_approval(obj)
+        return self._cache.wrote("planapprovals", obj)
 
     async def _finalizer(self, world: plan.World, *, present: bool) -> None:
         cached = self._cache.intent(world.intent.uid)

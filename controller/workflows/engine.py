@@ -6,8 +6,10 @@ Facts and traps: docs/adr/0002-dbos-as-the-engine.md.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
+from cachetools import TTLCache, cached
 from dbos import DBOS, DBOSPortableJSONSerializer
 from dbos._dbos import _get_dbos_instance
 from dbos._serialization import DefaultSerializer
@@ -18,6 +20,7 @@ from controller.workflows import execute, finish, intent, task
 
 log = logging.getLogger(__name__)
 APPLICATION = "sisu-kodo"
+QUEUE_SETTINGS_SECONDS = 10.0  # a rollout that changes them is seen by older workers, too, this much later
 WORKFLOWS = (intent.run_intent, execute.execute_plan, task.run_task, finish.finish_run)
 
 
@@ -61,7 +64,15 @@ def launch(
         polling_interval_sec=poll_seconds,
         on_conflict="always_update",
     )
+    _read_queues_rarely()
     log.info("worker ready", extra={"executor": executor, "app_version": app_version})
+
+
+def _read_queues_rarely() -> None:
+    """Each poll reads its queue's settings first, which is half of what an idle worker asks of the database. Here they never change."""
+    system = _get_dbos_instance()._sys_db  # noqa: SLF001 - no public way to register a queue in memory only
+    settings: TTLCache[Any, Any] = TTLCache(maxsize=8, ttl=QUEUE_SETTINGS_SECONDS)
+    system.get_queue = cached(settings, lock=threading.Lock())(system.get_queue)  # type: ignore[method-assign]
 
 
 def recover(executors: list[str]) -> int:

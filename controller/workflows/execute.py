@@ -50,8 +50,7 @@ def verify(me: Parts, ctx: Context) -> None:
     if me.store.approved_votes(ctx.run_id, ctx.digest) < ctx.settings.required:
         raise DigestMismatch(f"fewer than {ctx.settings.required} recorded approvals of {ctx.digest}")
     execution = record["execution"]
-    me.store.blob(execution["snapshotSha256"])
-    me.store.blob(record["patchSha256"])
+    me.store.check_blobs([execution["snapshotSha256"], record["patchSha256"]])
     resolved = me.sandboxes.resolve(ctx.settings.template)
     if resolved != execution["template"]:
         raise DigestMismatch(f"sandbox template is now {resolved}, approved was {execution['template']}; plan again")

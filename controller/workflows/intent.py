@@ -49,7 +49,8 @@ def _plan(me: Parts, ctx: Context) -> bool:
         reraise=True,
     )
     try:
-        known = me.store.steps(ctx.run_id, ctx.plan_no)
+        begun_before = ctx.status is Status.RUNNING
+        known = me.store.steps(ctx.run_id, ctx.plan_no) if begun_before else {}
         compiled = retry(steps.compile_st, me, ctx, known)
         patched = retry(steps.apply_patch_st, me, ctx, known, compiled)
         return retry(steps.decide_st, me, ctx, known, compiled, patched)

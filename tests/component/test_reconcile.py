@@ -897,10 +897,10 @@ async def test_an_intent_past_its_time_to_live_is_deleted_and_not_before(world: 
     world.cluster.vote(str(world.run(uid).approval_name), verdict="Reject")
     await world.settle(uid)
     made = operator(world)
-    world.clock.at += timedelta(seconds=59)
+    world.clock.at += timedelta(seconds=50)
     await made._tick()
     assert world.cluster.of_kind("intents")
-    world.clock.at += timedelta(seconds=1)
+    world.clock.at += timedelta(seconds=10)
     await made._tick()
     assert world.cluster.of_kind("intents") == []
 
@@ -963,6 +963,30 @@ async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> N
         await until(world, lambda: made.last_resync is not None and len(made.queue) == 0)
         world.store.end_task(uid)
         await until(world, lambda: world.status()["tasks"]["succeeded"] == 1)
+
+
+async def test_a_vote_that_comes_with_the_answer_to_our_own_write_is_counted(world: World) -> None:
+    def votes_at_once(plural: str, kind: str, obj: Mapping[str, Any]) -> None:
+        if not world.blind and plural == "intents" and obj.get("status", {}).get("phase") == "WaitingInput":
+            world.blind = True
+            world.cluster.vote(obj["status"]["plan"]["approvalName"])
+
+    uid = world.cluster.apply()
+    await world.settle(uid)
+    world.store.plan_ready(uid, diff=DIFF)
+    world.cluster.watchers.append(votes_at_once)
+    await world.reconciler.reconcile(uid)
+    assert f"{uid}:execute:1" in world.store.enqueued
+
+
+async def test_a_change_of_the_intent_that_comes_with_the_answer_to_our_own_write_is_seen(world: World) -> None:
+    uid = await everything(world)
+    world.blind = True
+    world.cluster.apply(cancel=True)
+    world.store.begin_tasks(uid, 2, running=1)
+    world.clock.sleep(2)
+    await world.reconciler.reconcile(uid)
+    assert world.run(uid).status is Status.CANCELING
 
 
 async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:

@@ -169,3 +169,9 @@ def test_sigterm_ends_within_five_seconds_while_a_task_runs(product: Product) ->
     product.wait(lambda: sum(product.starts().values()) == 2, "taken over", seconds=20)
     product.patch_intent("t", {"cancel": True})
     product.wait_phase("t", "Canceled", seconds=20)
+
+
+def test_a_proxy_for_git_is_not_on_the_way_to_the_api_server(product: Product) -> None:
+    product.start(HTTPS_PROXY="http://127.0.0.1:1")
+    product.apply("p", "say hello")
+    product.wait_phase("p", "WaitingInput")

@@ -639,11 +639,23 @@ def test_a_higher_priority_has_the_lower_number(pg: InPostgres) -> None:
     assert numbers[0] - numbers[1] == 7
 
 
-def test_a_changed_run_notifies(pg: InPostgres, database: str) -> None:
+def test_a_changed_status_notifies_and_progress_does_not(pg: InPostgres, database: str) -> None:
     with psycopg.connect(database, autocommit=True) as c:
         c.execute("LISTEN sisukodo_runs")
         run = started(pg)
-        assert run.intent_id in {n.payload for n in c.notifies(timeout=5, stop_after=1)}
+        pg.work.save_step(run.run_id, "CompileST", 1, output={}, artifacts=[], commit=None)
+        assert [n.payload for n in c.notifies(timeout=0.2)] == []
+        pg.begin_plan(run.intent_id)
+        assert [n.payload for n in c.notifies(timeout=5, stop_after=1)] == [run.intent_id]
+
+
+def test_progress_changes_with_a_step(pg: InPostgres) -> None:
+    run = started(pg)
+    assert run.intent_id not in pg.store.progress()
+    pg.begin_plan(run.intent_id)
+    before = pg.store.progress()[run.intent_id]
+    pg.work.save_step(run.run_id, "CompileST", 1, output={}, artifacts=[], commit=None)
+    assert pg.store.progress()[run.intent_id] != before
 
 
 # ------------------------------------------------------------------ PostgreSQL only: steps, blobs, ledger
@@ -671,9 +683,15 @@ def test_blobs_are_verified(pg: InPostgres) -> None:
     assert pg.work.put_blob(b"content") == sha and pg.work.blob(sha) == b"content"
     with pytest.raises(DigestMismatch, match="missing"):
         pg.work.blob("0" * 64)
+    other = pg.work.put_blob(b"more")
+    pg.work.check_blobs([sha, other, sha])
+    with pytest.raises(DigestMismatch, match="missing"):
+        pg.work.check_blobs([sha, "0" * 64])
     pg.rows("UPDATE app.blobs SET content = 'other' WHERE sha256 = %s RETURNING 1", sha)
     with pytest.raises(DigestMismatch, match="altered"):
         pg.work.blob(sha)
+    with pytest.raises(DigestMismatch, match="altered"):
+        pg.work.check_blobs([other, sha])
 
 
 def turn(prompt: str = "p", **changes: Any) -> TurnRequest:

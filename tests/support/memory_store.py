@@ -189,15 +189,16 @@ class MemoryRunStore:
                 if not row.status.terminal
             ]
 
-    def progress(self) -> Mapping[str, int]:
+    def progress(self) -> Mapping[str, str]:
         self._called("progress")
         with self.lock:
             found = {}
             for row in self.runs.values():
-                tasks = self.tasks.get(self._key(row), [])
-                if row.status in (Status.RUNNING, Status.CANCELING) and row.stage is Stage.EXECUTE and tasks:
+                tasks = self.tasks.get(self._key(row), []) if row.stage is Stage.EXECUTE else []
+                if row.status in (Status.RUNNING, Status.CANCELING):
                     ended = sum(t.status in ("succeeded", "failed") for t in tasks)
-                    found[row.intent_id] = ended * 100_000 + sum(t.status == "running" for t in tasks)
+                    running = sum(t.status == "running" for t in tasks)
+                    found[row.intent_id] = f"{row.stage} {row.last_step} {row.tokens} {ended} {running}"
             return found
 
     def overdue(self) -> Sequence[str]:

@@ -107,3 +107,12 @@ def test_what_was_seen_is_known() -> None:
     cache.saw_intent(thing(1))
     cache.saw_approval(thing(1))
     assert cache.knows("intents", thing(2)) and cache.knows("planapprovals", thing(2))
+
+
+def test_the_answer_to_our_own_write_tells_what_somebody_else_changed() -> None:
+    cache = Cache()
+    cache.saw_intent(thing(1, generation=1))
+    assert not cache.wrote("intents", thing(2, generation=1))
+    assert cache.wrote("intents", thing(4, generation=2))
+    assert cache.wrote("intents", thing(6, generation=2, annotations={"a": "b"}))
+    assert not cache.wrote("intents", thing(5, generation=3)), "the watch was first, and its event was news"

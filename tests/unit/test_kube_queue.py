@@ -144,6 +144,35 @@ async def test_add_later_adds_then() -> None:
         await until(lambda: seen == ["a"])
 
 
+async def test_of_several_later_looks_the_soonest_remains() -> None:
+    seen: list[str] = []
+
+    async def handle(key: str) -> None:
+        seen.append(key)
+
+    async with working(handle) as queue:
+        for seconds in (0.2, 0.05, 0.1):
+            queue.add_later("a", seconds)
+        await asyncio.sleep(0.3)
+        assert seen == ["a"]
+
+
+async def test_a_look_replaces_the_later_one_that_was_asked_for_before_and_may_ask_anew() -> None:
+    seen: list[str] = []
+
+    async def handle(key: str) -> None:
+        seen.append(key)
+        if len(seen) == 1:
+            queue.add_later(key, 0.1)
+
+    async with working(handle) as queue:
+        queue.add_later("a", 0.05)
+        queue.add("a")
+        await asyncio.sleep(0.07)
+        assert seen == ["a"]
+        await until(lambda: seen == ["a", "a"])
+
+
 async def test_every_key_is_handled_when_there_are_more_than_workers() -> None:
     handled: Counter[str] = Counter()
 
