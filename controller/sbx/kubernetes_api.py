@@ -170,7 +170,7 @@ class Api:
                 connector = aiohttp.TCPConnector(ssl=api.rest_client.ssl_context, limit=0)
                 self._opened = (
                     api,
-                    aiohttp.ClientSession(connector=connector, trust_env=True, proxy=api.configuration.proxy or None),
+                    aiohttp.ClientSession(connector=connector, proxy=api.configuration.proxy or None),
                 )
         return self._opened
 
