@@ -29,9 +29,8 @@ from controller.sbx.sweep import Sweep
 from controller.sbx.task import Verdict
 
 log = logging.getLogger(__name__)
-MARGIN = (
-    300  # seconds that a Pod may live beyond its boot and its task's time, for what comes before and after the command
-)
+# Seconds that a Pod may live beyond its boot and its task's time, for what comes before and after the command.
+MARGIN = 300
 LOOK_SECONDS = 30.0  # how long a look at NetworkPolicies and pools counts
 Object = dict[str, Any]
 T = TypeVar("T")
@@ -115,13 +114,12 @@ class Lifecycle:
         """May be repeated: one that exists is the one of a create whose answer was lost. Nothing was started in it."""
         seconds = run.request.timeout_ms / 1000 + self._pods.boot + MARGIN
         if pool is None:
-            kind, wanted = (
-                PODS,
-                kubernetes_pod.manifest(template, owner=run.owner, settings=self._pods, seconds=seconds),
-            )
+            kind = PODS
+            wanted = kubernetes_pod.manifest(template, owner=run.owner, settings=self._pods, seconds=seconds)
         else:
             end = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)
-            kind, wanted = CLAIMS, kubernetes_claims.claim(run.owner, pool=pool, settings=self._pods, end=end)
+            kind = CLAIMS
+            wanted = kubernetes_claims.claim(run.owner, pool=pool, settings=self._pods, end=end)
         name = name_of(run.owner)
         try:
             found = await self._api.create(kind, wanted)
