@@ -16,14 +16,15 @@ import yaml
 
 from devcluster.cache import cache_dir, locked
 from devcluster.cluster import ControlPlane
+from devcluster.install import wait_established
 from devcluster.processes import spawn, wait_ready
 from devcluster.toolchain import find_go
 
 VARIABLE = "AGENT_SANDBOX_SOURCE"
 PACKAGE = "./cmd/agent-sandbox-controller"
 CRDS = (
-    "sandboxes.agents",
-    *(f"{kind}.extensions.agents" for kind in ("sandboxclaims", "sandboxtemplates", "sandboxwarmpools")),
+    "sandboxes.agents.x-k8s.io",
+    *(f"{kind}.extensions.agents.x-k8s.io" for kind in ("sandboxclaims", "sandboxtemplates", "sandboxwarmpools")),
 )
 
 
@@ -32,8 +33,10 @@ def missing() -> str | None:
     source = os.environ.get(VARIABLE, "")
     if not source:
         return f"{VARIABLE} names no checkout of kubernetes-sigs/agent-sandbox"
+    if not (Path(source) / PACKAGE).is_dir():
+        return f"{VARIABLE}={source} is no checkout of agent-sandbox"
     return (
-        None if (Path(source) / PACKAGE).is_dir() else f"AGENT_SANDBOX_SOURCE={source} is no checkout of agent-sandbox"
+        None if _binary(Path(source)).exists() else "agent-sandbox is not built: python -m tests.support.agent_sandbox"
     )
 
 
@@ -42,8 +45,7 @@ def running(cluster: ControlPlane, folder: Path) -> Iterator[None]:
     """Its kinds and its controller, as a process of ours with the administrator's rights; ends with the context."""
     source = Path(os.environ[VARIABLE]).absolute()
     cluster.kubectl("apply", "--server-side", "-f", "-", stdin=_kinds(source))
-    names = [f"crd/{name}.x-k8s.io" for name in CRDS]
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", *names)
+    wait_established(cluster, CRDS)
     log = folder / "agent-sandbox.log"
     command: list[str | Path] = [_binary(source), "--extensions", "--leader-elect=false", "--enable-webhook=false"]
     command += ["--metrics-bind-address=127.0.0.1:0", "--health-probe-bind-address=127.0.0.1:0"]
