@@ -221,10 +221,16 @@ def waiting(cluster: NodeCluster) -> set[str]:
     return set(cluster.kubectl("get", "pods", "-n", SANDBOXES, "-o", "name").stdout.split())
 
 
+def the_waiting(cluster: NodeCluster) -> str:
+    """The pool's Pod, when those of tests before are gone."""
+    (name,) = eventually(lambda: found if len(found := waiting(cluster)) == 1 else None, seconds=60)
+    return str(name)
+
+
 @pytest.mark.slow
 def test_a_waiting_pod_is_taken_and_replaced(warm: tuple[Kit, NodeCluster]) -> None:
     kit, cluster = warm
-    (before,) = waiting(cluster)
+    before = the_waiting(cluster)
     out = kit.run("cat /etc/hostname")
     assert f"pod/{out.res.stdout.strip()}" == before
     assert "/sandboxclaim/" in out.res.sandbox_ref
@@ -253,7 +259,7 @@ def test_another_template_than_ours_does_not_serve(warm: tuple[Kit, NodeCluster]
 @pytest.mark.slow
 def test_a_deleted_pod_is_lost_although_another_takes_its_name(warm: tuple[Kit, NodeCluster]) -> None:
     kit, cluster = warm
-    (name,) = waiting(cluster)
+    name = the_waiting(cluster)
     join = kit.begin("sleep 60", timeout_ms=100_000)
     eventually(lambda: kit.start_log.exists() and kit.start_log.read_text(), seconds=20)
     cluster.kubectl("delete", name, "-n", SANDBOXES, "--wait=false")
