@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -28,13 +28,6 @@ class Role(enum.StrEnum):
     ALL = "all"
     CONTROLLER = "controller"
     WORKER = "worker"
-
-
-class PoolEgress(enum.StrEnum):
-    """What a NetworkPolicy can hold to."""
-
-    NONE = "None"
-    PUBLIC = "Public"
 
 
 def _settings() -> config.Settings:
@@ -131,7 +124,7 @@ def sandbox_pool(
     template: Annotated[str, typer.Argument(metavar="TEMPLATE", help="one of SBX_KUBERNETES_TEMPLATES")],
     name: Annotated[str, typer.Option(help="of the two objects; default: TEMPLATE and the egress")] = "",
     replicas: Annotated[int, typer.Option(min=0, help="Pods that wait for a task")] = 2,
-    egress: Annotated[PoolEgress, typer.Option(help="of the tasks that it serves")] = PoolEgress.NONE,
+    egress: Annotated[Literal["None", "Public"], typer.Option(help="of the tasks that it serves")] = "None",
     cpu_millis: Annotated[int, typer.Option(min=1, help="limits of the tasks that it serves")] = Limits().cpu_millis,
     memory_mb: Annotated[int, typer.Option(min=1, metavar="MIB")] = Limits().memory_mb,
     disk_mb: Annotated[int, typer.Option(min=1, metavar="MIB")] = Limits().disk_mb,
@@ -151,8 +144,8 @@ def sandbox_pool(
         raise typer.Exit(2)
     limits = Limits(cpu_millis=cpu_millis, memory_mb=memory_mb, disk_mb=disk_mb)
     pods = main.pod_settings(settings)
-    pod = kubernetes_pod.template(limits, Egress(mode=egress.value), image=image, settings=pods)
-    name = name or f"{template}-{egress.value.lower()}"
+    pod = kubernetes_pod.template(limits, Egress(mode=egress), image=image, settings=pods)
+    name = name or f"{template}-{egress.lower()}"
     objects = kubernetes_claims.pool(name, pod, settings=pods, replicas=replicas)
     typer.echo(yaml.safe_dump_all(objects, sort_keys=False), nl=False)
 

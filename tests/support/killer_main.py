@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from controller import config, log, main
 from controller.core.contract import SBXReq
-from tests.support.scripted_main import ByGoal
+from tests.support import scripted_main
 
 KILLS = "take the worker down"
 
@@ -36,19 +32,5 @@ class Killing:
         return self._real.run(request, **kwargs)
 
 
-def run() -> int:
-    (file,) = sys.argv[1:]
-    settings = config.load()
-    log.configure(as_json=False, level=settings.log_level)
-    adapters = main.build(settings, role="all")
-    assert adapters.worker is not None
-    worker = replace(
-        adapters.worker,
-        agent=cast("Any", ByGoal(answers=json.loads(Path(file).read_text()))),
-        sandboxes=cast("Any", Killing(adapters.worker.sandboxes)),
-    )
-    return main.run(settings, role="all", adapters=replace(adapters, worker=worker))
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(scripted_main.run(Killing))

@@ -17,7 +17,7 @@ from controller import config, log, main
 from controller.core.digest import canonical
 from controller.core.errors import FixtureMissing
 from controller.core.model import TurnReply, TurnRequest
-from controller.ports import never
+from controller.ports import SandboxProvider, never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,16 @@ class ByGoal:
         """Nothing is kept."""
 
 
-def run() -> int:
+def run(change: Callable[[SandboxProvider], Any] = lambda real: real) -> int:
+    """`change` may put something before the sandboxes."""
     (file,) = sys.argv[1:]
     settings = config.load()
     log.configure(as_json=False, level=settings.log_level)
     adapters = main.build(settings, role="all")
     assert adapters.worker is not None
-    agent = ByGoal(answers=json.loads(Path(file).read_text()))
-    return main.run(
-        settings, role="all", adapters=replace(adapters, worker=replace(adapters.worker, agent=cast("Any", agent)))
-    )
+    agent = cast("Any", ByGoal(answers=json.loads(Path(file).read_text())))
+    worker = replace(adapters.worker, agent=agent, sandboxes=change(adapters.worker.sandboxes))
+    return main.run(settings, role="all", adapters=replace(adapters, worker=worker))
 
 
 if __name__ == "__main__":
