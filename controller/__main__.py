@@ -1,10 +1,11 @@
-"""The command line: `python -m controller run | oc-daemon | migrate | artifact | sandbox-pool`.
+"""The command line: `python -m controller run | oc-daemon | migrate | artifact | orphans | sandbox-pool`.
 
 Exit codes: 0 fine, 2 bad configuration, 75 fenced off.
 """
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import logging
 import sys
@@ -117,6 +118,26 @@ def artifact(
         raise typer.Exit(1)
     for uri, size in listed:
         typer.echo(f"{size:>10} {uri}")
+
+
+@cli.command()
+def orphans(
+    cancel: Annotated[bool, typer.Option("--cancel", help="end them, as runs of deleted Intents")] = False,
+) -> None:
+    """List open runs whose Intent is gone: namespace, name, uid, phase. Settings come from the environment.
+
+    Up to ten at once are taken for deletions, and canceled without being asked; more wait until somebody has looked.
+    """
+    from controller.roles import orphans as gone
+
+    try:
+        found = asyncio.run(gone.find(_settings(), cancel=cancel))
+    except SisuError as e:
+        typer.echo(f"orphans: {e}", err=True)
+        raise typer.Exit(1) from None
+    for row in found:
+        typer.echo("{namespace} {name} {intent_id} {phase}".format(**row))
+    typer.echo(f"{len(found)} runs without their Intent{', canceled' if cancel and found else ''}", err=True)
 
 
 @cli.command("sandbox-pool")

@@ -30,6 +30,9 @@ IDENTITY_ENFORCED = Gauge(
 )
 IDENTITY_ENFORCED.set(float("nan"))  # not known here: only the leader looks, and an alert on 0 must not fire elsewhere
 STALLED = Gauge("sisukodo_intents_stalled", "Intents that wait for a person outside the normal course.", ["reason"])
+RUNS_ORPHANED = Gauge(
+    "sisukodo_runs_orphaned", "Open runs whose Intent is gone, kept because they are too many to be deletions."
+)
 DATABASE_UP = Gauge("sisukodo_database_up", "1 while PostgreSQL answers the leader, else 0.")
 DATABASE_UP.set(float("nan"))
 RECONCILE_SECONDS = Histogram("sisukodo_reconcile_duration_seconds", "One reconcile of one Intent.", buckets=_FAST)

@@ -1,7 +1,4 @@
-"""The controller role: watch events, database notifications and the clock feed one queue; its workers reconcile.
-
-Absence counts as deletion only after a GET finds the object gone while CRD and namespace exist, and never in masses.
-"""
+"""The controller role: watch events, database notifications and the clock feed one queue; its workers reconcile."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 
 from controller import metrics
 from controller.core.errors import SisuError
+from controller.kube.absence import MASS, Absence
 from controller.kube.cache import Cache
 from controller.kube.client import KubeCluster
 from controller.kube.gate import IdentityGate
@@ -22,7 +20,6 @@ from controller.ports import Clock, RunStore
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
-MASS = 10  # more runs than this without their Intent is not deletion but a fault: somebody must look
 GATE_SECONDS = 30.0
 
 
@@ -46,6 +43,7 @@ class Operator:
         self._resync_seconds, self._observe = resync_seconds, observe
         self._reconciler = reconciler(lambda uid, seconds: self.queue.add_later(uid, seconds))
         self.queue = WorkQueue(self._timed, workers=workers)
+        self._absence = Absence(cluster, store, found=self._found)
         self._marks: Mapping[str, str] = {}
         self._deleted: set[str] = set()
         self.last_event: dict[str, float] = {}
@@ -112,7 +110,7 @@ class Operator:
             self.queue.add(uid)
         deleted = set(self._deleted)
         if deleted:  # somebody took the finalizer off, or it was never on
-            await self._cancel_gone(
+            await self._cancel_orphans(
                 [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] in deleted]
             )
             self._deleted -= deleted
@@ -141,29 +139,24 @@ class Operator:
         for uid in seen | {str(obj["metadata"]["uid"]) for obj in self._cache.intents()}:
             self.queue.add(uid, urgent=False)
         unseen = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
-        await self._cancel_gone(unseen)
+        metrics.RUNS_ORPHANED.set(await self._cancel_orphans(unseen))
         self.last_resync = self._clock.monotonic()
         metrics.RESYNC_SECONDS.observe(self.last_resync - began)
 
-    async def _cancel_gone(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        gone = [r for r in rows if await self._gone(r)]
-        if len(gone) > MASS:
-            log.error("many runs without their Intent; nothing is canceled", extra={"runs": len(gone)})
-            return
-        for row in gone:
+    async def _cancel_orphans(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Of these runs, those whose Intent is gone; how many were left alone because they are too many to be deletions."""
+        orphans = await self._absence.orphans(rows)
+        if len(orphans) > MASS:
+            log.error("many runs without their Intent; nothing is canceled", extra={"runs": len(orphans)})
+            return len(orphans)
+        for row in orphans:
             self._cache.lost_intent(row["intent_id"])
-            run = await asyncio.to_thread(self._store.run, row["intent_id"])
-            if run is not None and not run.status.terminal:
-                log.warning("Intent is gone; canceling its run", extra={"uid": row["intent_id"]})
-                await asyncio.to_thread(self._store.cancel, run, reason="Deleted")
+        await self._absence.cancel(orphans)
+        return 0
 
-    async def _gone(self, row: Mapping[str, Any]) -> bool:
-        obj = await self._cluster.intent(row["namespace"], row["name"])
-        if obj is not None and obj["metadata"]["uid"] == row["intent_id"]:
-            if self._cache.saw_intent(obj):
-                self.queue.add(row["intent_id"])  # neither the list nor the watch told of it
-            return False
-        return await self._cluster.crd_exists() and await self._cluster.namespace_exists(row["namespace"])
+    def _found(self, obj: Mapping[str, Any]) -> None:
+        if self._cache.saw_intent(obj):
+            self.queue.add(str(obj["metadata"]["uid"]))
 
 
 def _outlived(obj: Mapping[str, Any], now: datetime) -> bool:

@@ -13,7 +13,7 @@ from prometheus_client import Gauge
 
 from controller import metrics
 from controller.config import Settings
-from controller.core.errors import Unavailable
+from controller.core.errors import SisuError, Unavailable
 from controller.core.phases import Status
 from controller.db import gauges, marks
 from controller.db.notify import Listener
@@ -31,7 +31,7 @@ from controller.roles.adapters import Adapters
 from controller.roles.fence import fence_off
 
 log = logging.getLogger(__name__)
-MISSING_SECONDS = 2.0
+RETRY_SECONDS = 2.0
 BEAT_SECONDS = 5.0
 
 
@@ -45,7 +45,7 @@ class Controller:
         self.operator: Operator | None = None
         self.watch: Watch | None = None
         self.leading = False
-        self._missing: str | None = None
+        self._obstacle: str | None = None  # why this process neither leads nor could
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set, or something that it cannot live without is lost; then it raises."""
@@ -71,7 +71,7 @@ class Controller:
                 api,
                 namespace=self._settings.namespace,
                 identity=self._settings.pod_name,
-                leading=lambda: self._lead(self._cluster(api)),
+                leading=lambda: self._begin(self._cluster(api)),
                 lost=self._lost,
             )
 
@@ -81,10 +81,12 @@ class Controller:
         while True:
             try:
                 await self._one_beat(outside)
-            except Unavailable as e:
+            except SisuError as e:  # also 403: an API server that has just started does not know its roles yet
+                self._obstacle = f"the store is not compared: {e}"
                 log.warning("store not compared", extra={"error": str(e)})
-                await asyncio.sleep(MISSING_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
+                self._obstacle = None
                 return
 
     async def _one_beat(self, outside: Marks) -> bool:
@@ -109,14 +111,22 @@ class Controller:
             try:
                 if await self._one_beat(outside):
                     fence_off("the database went back under us")
-            except Unavailable as e:
+            except SisuError as e:
                 log.warning("store not compared", extra={"error": str(e)})
 
     async def _lost(self) -> None:
         fence_off("the leader lease was lost")
 
+    async def _begin(self, cluster: kube.KubeCluster) -> None:
+        """Raises SisuError when leading could not begin: the election calls again."""
+        try:
+            await self._wait_for_kinds(cluster)
+        except SisuError as e:
+            self._obstacle = f"leading cannot begin: {e}"
+            raise
+        await self._lead(cluster)
+
     async def _lead(self, cluster: kube.KubeCluster) -> None:
-        await self._wait_for_kinds(cluster)
         loop = asyncio.get_running_loop()
         s, cache = self._settings, Cache()
         gate = IdentityGate(cluster, namespace=s.namespace, service_account=s.service_account)
@@ -168,10 +178,10 @@ class Controller:
         """A watch that begins without its kinds would never look for them again."""
         for plural in KINDS:
             while not await cluster.crd_exists(plural):
-                self._missing = f"the CRD {plural}.{GROUP} is missing; install the chart"
-                log.error("CRD missing", extra={"problem": self._missing})
-                await asyncio.sleep(MISSING_SECONDS)
-        self._missing = None
+                self._obstacle = f"the CRD {plural}.{GROUP} is missing; install the chart"
+                log.error("CRD missing", extra={"problem": self._obstacle})
+                await asyncio.sleep(RETRY_SECONDS)
+        self._obstacle = None
 
     # ------------------------------------------------------------------ what health and metrics ask
 
@@ -183,8 +193,8 @@ class Controller:
 
     def ready(self) -> str | None:
         """A follower is ready, too; a leader once it has listed everything."""
-        if self._missing is not None:
-            return self._missing
+        if self._obstacle is not None:
+            return self._obstacle
         if self.leading and self.operator is not None and self.operator.last_resync is None:
             return "the first listing is not done"
         return None

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from controller.core.errors import Conflict, SisuError, Unavailable
 from controller.core.phases import Event, Stage, Status
 from controller.core.run import Run
 from controller.kube import identity
+from controller.kube.absence import MASS
 from controller.kube.cache import Cache
 from controller.kube.crd import FINALIZER
 from controller.kube.gate import IdentityGate
-from controller.kube.operator import MASS, Operator
+from controller.kube.operator import Operator
 from controller.kube.policy import Policies
 from controller.kube.reconcile import Reconciler
 from tests.support.builders import DIFF, NOW, plan, task
@@ -831,6 +833,7 @@ async def test_intents_that_are_gone_in_masses_are_a_fault_and_no_deletion(
     vanish(world, *(f"intent-{n}" for n in range(missing)))
     await made.resync()
     assert open_runs(world) == (set() if canceled else set(uids))
+    assert REGISTRY.get_sample_value("sisukodo_runs_orphaned") == (0 if canceled else missing)
 
 
 async def test_without_the_crd_or_the_namespace_nothing_is_canceled(world: World) -> None:

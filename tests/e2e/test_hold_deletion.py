@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from devcluster.stack import ROOT
 from tests.e2e.product import Product
 
 CRDS = Path(__file__).parents[2] / "crds"
@@ -150,6 +153,23 @@ def test_many_missing_intents_are_a_fault_and_not_deletions(product: Product) ->
     product.wait(lambda: "many runs without their Intent" in second.log.read_text(), "the log says so")
     time.sleep(2)
     assert product.sql(counted) == [("waiting_input", 11)]
+    assert "sisukodo_runs_orphaned 11.0" in second.get("/metrics")[1]
+
+    # Somebody has looked.
+    listed = orphans(product).splitlines()
+    assert sorted(line.split()[:2] for line in listed) == sorted([product.namespace, name] for name in names)
+    assert {line.split()[3] for line in listed} == {"WaitingInput"}
+    assert product.sql(counted) == [("waiting_input", 11)]
+    assert orphans(product, "--cancel") and product.sql(counted) == [("canceled", 11)]
+    product.wait(lambda: "sisukodo_runs_orphaned 0.0" in second.get("/metrics")[1], "none is left")
+    assert orphans(product) == ""
+
+
+def orphans(product: Product, *options: str) -> str:
+    """What `python -m controller orphans` prints, with the controller's settings."""
+    environ = product.stack.environment(DATABASE_URL=product.database)
+    command = [sys.executable, "-m", "controller", "orphans", *options]
+    return subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 # --------------------------------------------------------------------------- last: it takes the kind away from everybody
