@@ -38,7 +38,7 @@ quick: ## unit and component tests only
 	@$(RUN) pytest -q tests/unit tests/component
 
 .PHONY: full
-full: setup ## everything, the slow lanes included; AGENT_SANDBOX_SOURCE= names a checkout of agent-sandbox for its tests
+full: setup ## everything, the slow lanes included; AGENT_SANDBOX_SOURCE= names a checkout of agent-sandbox, KUBE_ROUTER= a kube-router program for their tests
 	@$(RUN) python -m tests.support.agent_sandbox
 	@$(RUN) pytest -q -n 3 --dist loadfile
 

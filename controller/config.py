@@ -122,6 +122,12 @@ class Settings(BaseModel):
         alias="SBX_KUBERNETES_CLAIMS",
         description="take Pods from warm pools of agent-sandbox where one fits; true or false",
     )
+    sbx_kubernetes_canary: str = Field(
+        "api-server",
+        alias="SBX_KUBERNETES_CANARY",
+        pattern=r"^(api-server|off|([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$",
+        description="what a Pod must not be able to connect to before its command begins: api-server, HOST:PORT or off",
+    )
     sbx_start_log: Path | None = Field(
         None, alias="SBX_START_LOG", description="append one line per sandbox start to this file"
     )

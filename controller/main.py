@@ -179,6 +179,7 @@ def pod_settings(settings: Settings) -> PodSettings:
         tolerations=settings.kubernetes_tolerations,
         boot=settings.sbx_kubernetes_boot_seconds,
         claims=settings.sbx_kubernetes_claims,
+        canary=settings.sbx_kubernetes_canary,
     )
 
 

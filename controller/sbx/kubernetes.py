@@ -47,6 +47,7 @@ class KubernetesProvider:
     ) -> None:
         """Asks nothing yet. `templates` are our names → image references with a digest; `observe` as in local.py."""
         self._templates, self._namespace, self._start_log = dict(templates), pods.namespace, start_log
+        self._canary = pods.canary
         self._caps, self._bounds = caps or Caps(), bounds or Bounds()
         self._api = Api(kubeconfig, namespace=pods.namespace, bounds=self._bounds)
         self._loop = Loop("kubernetes")
@@ -140,6 +141,7 @@ class KubernetesProvider:
             say=run.say,
             note=run.note,
             log_start=lambda: log_start(self._start_log, run.owner),
+            canary=self._canary,
         )
         with self._runs.timed("upload"):
             verdict = await task.upload(run.files)

@@ -18,6 +18,7 @@ from controller.core.model import Artifact
 from controller.sbx import artifacts, kubernetes_errors, remote
 from controller.sbx.jail import OUTPUT, WORKSPACE
 from controller.sbx.kubernetes_api import PODS, Api, Bounds
+from controller.sbx.kubernetes_canary import OFF, trial
 from controller.sbx.kubernetes_errors import ExecFailed
 from controller.sbx.limits import MIB, rlimits
 from controller.sbx.loop import give_up, within
@@ -61,6 +62,7 @@ class Facts:
 class PodTask:
     """Also the remote.Shell of its Pod. `say(kind, data)` gets the output and `note` lines of ours; neither may block.
 
+    `canary`: what the Pod must not be able to connect to before its command begins (kubernetes_canary.py).
     `replaceable`: should the Pod be deleted, another of its name may take its place (agent-sandbox does that).
     """
 
@@ -74,11 +76,24 @@ class PodTask:
     say: Callable[[str, bytes], None]
     note: Callable[[str], None]
     log_start: Callable[[], None]
+    canary: str = OFF
     facts: Facts = Facts()
     alive: bool = True  # whether its outputs can be fetched
 
     async def upload(self, files: Mapping[str, bytes]) -> Verdict | None:
-        """What the request brings, and whether the working directory is in it."""
+        """What the request brings, whether the working directory is in it, and meanwhile whether its network is held."""
+        held = asyncio.ensure_future(self._held())
+        try:
+            return await self._bring(files) or await held
+        finally:
+            give_up(held)
+
+    async def _held(self) -> Verdict | None:
+        if (text := trial(self.canary)) is None:
+            return None
+        return await remote.tried(self, text, ErrCode.BOOT_FAIL, "the network of the Pod is not held")
+
+    async def _bring(self, files: Mapping[str, bytes]) -> Verdict | None:
         failed = await remote.upload(self, self.request, files)
         workdir = self.request.workdir or WORKSPACE
         if failed is not None or workdir == WORKSPACE:

@@ -18,6 +18,7 @@ from controller.core.contract import Egress, Limits
 from controller.core.errors import InvalidIntent
 from controller.core.model import Owner
 from controller.sbx.jail import OUTPUT, WORKSPACE
+from controller.sbx.kubernetes_canary import API_SERVER
 
 CONTAINER = "task"
 UID = 1000
@@ -45,7 +46,8 @@ Object = dict[str, Any]
 class PodSettings:
     """What all Pods have in common. `boot` is how many seconds a Pod may take until it runs, pulling its image included.
 
-    `claims`: taken from warm pools of agent-sandbox, where one fits.
+    `claims`: taken from warm pools of agent-sandbox, where one fits. `canary`: what no Pod may be able to connect to
+    (kubernetes_canary.py).
     """
 
     namespace: str
@@ -55,6 +57,7 @@ class PodSettings:
     tolerations: Sequence[Mapping[str, str]] = ()
     boot: float = 120.0
     claims: bool = False
+    canary: str = API_SERVER
 
 
 def name_of(owner: Owner) -> str:

@@ -118,7 +118,7 @@ class Sandbox:
         """Runs it to its end, which is told as its last event; blocks."""
         try:
             sink = Sink(feed=process.feed, full=lambda _: process.detached)
-            view = self._view({}, "/") if view is None else view
+            view = self._view(self.envs, "/") if view is None else view
             process.end(self.cell.run(process.argv, view=view, sink=sink, watch=process.stop, stdin=stdin))
         except Exception as e:  # noqa: BLE001 - told to whoever reads the stream
             process.end(Result(failure=str(e)))

@@ -63,11 +63,11 @@ class Ground:
 
     def connect(self, pid: int) -> None:
         """Gives the other end to the network namespace of `pid` and sets both addresses."""
-        _ip(self.machine, "addr", "add", f"{self.host_address}/30", "dev", self.name)
-        _ip(self.machine, "link", "set", self.name, "up")
-        _ip(self.machine, "link", "set", self.peer, "netns", str(pid), "name", "eth0")
+        ip(self.machine, "addr", "add", f"{self.host_address}/30", "dev", self.name)
+        ip(self.machine, "link", "set", self.name, "up")
+        ip(self.machine, "link", "set", self.peer, "netns", str(pid), "name", "eth0")
         for words in (f"addr add {self.node_address}/30 dev eth0", "link set eth0 up", "link set lo up"):
-            _ip(self.machine, *words.split(), netns=pid)
+            ip(self.machine, *words.split(), netns=pid)
 
     def release(self) -> None:
         """Removes it all from the host. The node's processes must have ended."""
@@ -86,9 +86,9 @@ def claim(machine: Path, holder: Child) -> Ground:
                 break
         else:
             raise DevclusterError(f"the networks of {POOL} are all in use on this machine")
-        _ip(machine, "link", "add", ground.name, "type", "veth", "peer", "name", ground.peer)
+        ip(machine, "link", "add", ground.name, "type", "veth", "peer", "name", ground.peer)
         try:
-            _ip(machine, "link", "set", ground.name, "alias", json.dumps(holder.record()))
+            ip(machine, "link", "set", ground.name, "alias", json.dumps(holder.record()))
             for hierarchy in _hierarchies():
                 _make_cgroup(hierarchy, ground.name)
         except BaseException:
@@ -116,7 +116,7 @@ def _sweep(machine: Path) -> None:
 def _release(ground: Ground) -> None:
     if (LINKS / ground.name).exists():
         # It may be going already: it does when the last process of its other end's namespace has ended.
-        _ip(ground.machine, "link", "del", ground.name, check=False)
+        ip(ground.machine, "link", "del", ground.name, check=False)
     deadline = time.monotonic() + GONE_SECONDS
     for hierarchy in _hierarchies():
         for folder, _, _ in os.walk(hierarchy / ground.name, topdown=False):
@@ -150,12 +150,13 @@ def _hierarchies() -> list[Path]:
 
 def _networks(machine: Path) -> list[ipaddress.IPv4Network]:
     """What the host's routes lead to, by any table."""
-    routes = json.loads(_ip(machine, "-json", "-4", "route", "show", "table", "all") or "[]")
+    routes = json.loads(ip(machine, "-json", "-4", "route", "show", "table", "all") or "[]")
     names = [str(route["dst"]) for route in routes]
     return [ipaddress.IPv4Network(name) for name in names if name != "default"]
 
 
-def _ip(machine: Path, *words: str, netns: int | None = None, check: bool = True) -> str:
+def ip(machine: Path, *words: str, netns: int | None = None, check: bool = True) -> str:
+    """Runs `ip` of the node's machine in this, or another process', network namespace."""
     enter = [] if netns is None else ["nsenter", f"--net=/proc/{netns}/ns/net", "--"]
     done = subprocess.run(
         [*enter, "chroot", machine, "/usr/bin/ip", *words], capture_output=True, text=True, check=False

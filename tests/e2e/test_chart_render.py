@@ -77,7 +77,9 @@ CASES = {
     "elsewhere": Case(sets=("serviceAccount.name=tiger", "database.migrate=false"), namespace="elsewhere"),
     "without controller": Case(files=(), sets=("controller.enabled=false",)),
     "pods": Case(files=("pods",)),
-    "pods with claims": Case(files=("pods",), sets=("sandbox.kubernetes.claims=true",)),
+    "pods with claims": Case(
+        files=("pods",), sets=("sandbox.kubernetes.claims=true", "sandbox.kubernetes.canary=10.0.0.10:9153")
+    ),
     "pods in one": Case(files=("pods",), sets=("controller.split=false", "sandbox.kubernetes.createNamespace=false")),
     "pods without controller": Case(files=(), sets=("controller.enabled=false", "sandbox.provider=kubernetes")),
 }
@@ -348,6 +350,12 @@ def test_claims_bring_the_rights_for_claims_and_no_more() -> None:
         for e in pods(rendered("pods with claims"))["sisu-kodo-worker"]["spec"]["containers"][0]["env"]
     }
     assert env["SBX_KUBERNETES_CLAIMS"] == "true"
+
+
+@pytest.mark.parametrize(("release", "canary"), [("pods", "api-server"), ("pods with claims", "10.0.0.10:9153")])
+def test_the_canary_is_told(release: str, canary: str) -> None:
+    (container, *_) = pods(rendered(release))["sisu-kodo-worker"]["spec"]["containers"]
+    assert {"name": "SBX_KUBERNETES_CANARY", "value": canary} in container["env"]
 
 
 def test_the_sandboxes_namespace_is_restricted_and_walled() -> None:

@@ -75,6 +75,7 @@ class PodsServer:
         self.kinds: dict[str, dict[str, Pod]] = {}
         self.policies = {name: dict(one) for name, one in kubernetes_policies.shipped().items()}
         self.before_exec: Callable[[str], object] | None = None  # told the command and its stdin
+        self.told = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}  # as a kubelet does
         self.boot = 0.0
         self.linger = 0.0  # seconds from a delete until the Pod is gone; longer than `gone`: until it is forced
         self.image_id = IMAGE
@@ -212,7 +213,7 @@ class PodsServer:
             await asyncio.sleep(self.boot)
         if self.pods.get(name) is not pod:
             return
-        box = await asyncio.to_thread(self._host.create, "base", metadata={}, envs={}, seconds=FOREVER)
+        box = await asyncio.to_thread(self._host.create, "base", metadata={}, envs=self.told, seconds=FOREVER)
         if self.pods.get(name) is not pod:
             await asyncio.to_thread(box.kill)
             return

@@ -27,6 +27,7 @@ from controller.sbx.e2b import E2BProvider
 from controller.sbx.e2b_api import Account
 from controller.sbx.kubernetes import KubernetesProvider
 from controller.sbx.kubernetes_api import Bounds
+from controller.sbx.kubernetes_canary import API_SERVER, OFF
 from controller.sbx.kubernetes_pod import PodSettings
 from controller.sbx.limits import CgroupTree
 from controller.sbx.local import LocalProvider
@@ -40,7 +41,7 @@ FENCES = count(1)
 OUTPUT_LIMIT = 100_000
 SANDBOXES = "sisu-kodo-sandboxes"
 BOUNDS = Bounds(api=1.5, tool=5.0, probe=0.4, busy=4.0, grace=0.8, reason=0.8, gone=1.0, sweeps=(0.3, 0.5, 1.0, 2.0))
-PODS = PodSettings(namespace=NAMESPACE, boot=2.0)
+PODS = PodSettings(namespace=NAMESPACE, boot=2.0, canary=OFF)  # one command less to be counted
 REAL = ("local", "e2b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kubernetes", "claims")))
 POD_LIMITS = Limits(cpu_millis=400, memory_mb=128)  # several must fit on a node of two cores
 
@@ -178,12 +179,14 @@ def e2b_kit(root: Path, **options: Any) -> Iterator[tuple[Kit, Server]]:
 
 
 @contextmanager
-def node_kit(cluster: NodeCluster, root: Path, *, claims: bool = False, **options: Any) -> Iterator[Kit]:
+def node_kit(
+    cluster: NodeCluster, root: Path, *, claims: bool = False, canary: str = API_SERVER, **options: Any
+) -> Iterator[Kit]:
     """The kubernetes provider with the rights that the chart gives it, and real Pods. At the end there is none."""
     provider = KubernetesProvider(
         cluster.kubeconfig("controller"),
         templates={"base": cluster.image("python")},
-        pods=PodSettings(namespace=SANDBOXES, boot=60, claims=claims),
+        pods=PodSettings(namespace=SANDBOXES, boot=60, claims=claims, canary=canary),
         start_log=root / "starts",
         **{"output_limit": OUTPUT_LIMIT, "bounds": Bounds(grace=1.0), **options},
     )

@@ -292,7 +292,7 @@ spec:
 {{- range $key, $value := .nodeSelector }}
 {{- $pairs = append $pairs (printf "%s=%s" $key $value) }}
 {{- end }}
-{{- $given = merge $given (dict "SBX_KUBERNETES_TEMPLATES" .templates "SBX_KUBERNETES_NAMESPACE" .namespace "SBX_KUBERNETES_RUNTIME_CLASS" .runtimeClass "SBX_KUBERNETES_PULL_SECRETS" (join "," .pullSecrets) "SBX_KUBERNETES_NODE_SELECTOR" (join "," $pairs) "SBX_KUBERNETES_TOLERATIONS" (join "," .tolerations) "SBX_KUBERNETES_BOOT_SECONDS" .bootSeconds "SBX_KUBERNETES_CLAIMS" .claims) }}
+{{- $given = merge $given (dict "SBX_KUBERNETES_TEMPLATES" .templates "SBX_KUBERNETES_NAMESPACE" .namespace "SBX_KUBERNETES_RUNTIME_CLASS" .runtimeClass "SBX_KUBERNETES_PULL_SECRETS" (join "," .pullSecrets) "SBX_KUBERNETES_NODE_SELECTOR" (join "," $pairs) "SBX_KUBERNETES_TOLERATIONS" (join "," .tolerations) "SBX_KUBERNETES_BOOT_SECONDS" .bootSeconds "SBX_KUBERNETES_CLAIMS" .claims "SBX_KUBERNETES_CANARY" .canary) }}
 {{- end }}
 {{- end }}
 {{- range $name := keys $given | sortAlpha }}
