@@ -81,9 +81,16 @@ UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s,
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'plan' AND plan_no = %(plan_no)s
 
 -- name: refuse_execution
-UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
-       finished_at = clock_timestamp(), closed = closed + 1
- WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'execute' AND execution_no = %(execution_no)s
+-- With the tasks that a retry had put back: left queued, they would run under the next plan's approval.
+WITH refused AS (
+  UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
+         finished_at = clock_timestamp(), closed = closed + 1
+   WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'execute' AND execution_no = %(execution_no)s RETURNING id
+), tasks AS (
+  UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
+    FROM refused WHERE t.run_id = refused.id AND t.status = 'queued'
+)
+SELECT id FROM refused
 
 -- name: record_approval_object
 UPDATE app.runs SET approval_name = %(name)s, approval_uid = %(uid)s
