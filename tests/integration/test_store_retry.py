@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controller.core.contract import ErrCode
 from controller.core.phases import Event, Stage, Status
 from tests.integration.test_store_contract import (  # noqa: F401
@@ -46,3 +48,16 @@ def test_what_a_refused_execution_did_not_run_is_not_run_under_the_next_plan(pg:
     )
     assert pg.rows(generations, at_.run.run_id) == [(2,)], "only what was approved"
     assert drained(again) == ["t0"] and ":finish:3" in again.enqueued("finish")
+
+
+def test_the_sweeper_begins_no_task_of_a_retry_before_its_bytes_were_checked_again(pg: InPostgres) -> None:  # noqa: F811
+    at_ = retried(pg)
+    uid = at_.run.intent_id
+    with pg.pool.connection() as c:  # a worker that is late by more than two seconds
+        c.execute("ALTER TABLE app.runs DISABLE TRIGGER run_touch")
+        c.execute("UPDATE app.runs SET updated_at = updated_at - interval '1 hour' WHERE id = %s", (at_.run.run_id,))
+        c.execute("ALTER TABLE app.runs ENABLE TRIGGER run_touch")
+    pg.leases.sweep(lambda _: None)
+    assert [i for i in at_.enqueued("task") if i.startswith(":task:2:")] == [], "ExecutePlanWF has not looked yet"
+    assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
+    assert drained(at_) == ["t0", "t1"] and now(pg, uid).stage is Stage.FINISH
