@@ -99,6 +99,17 @@ def test_no_more_at_once_however_many_workers_ask(journal: Journal) -> None:
     assert gate.wait(waiting) == 0
 
 
+def test_an_attempt_whose_admission_was_not_heard_of_does_not_wait_for_itself(journal: Journal) -> None:
+    """The answer to a statement that was committed is lost with its connection; whoever repeats it is in already."""
+    journal.begin(1)
+    journal.begin(2)
+    gate = admission(journal.pool, concurrent=1)
+    assert [gate.wait(1), gate.wait(1)] == [0, 0]
+    assert gate.wait(2) > 0
+    journal.end(1)
+    assert gate.wait(2) == 0
+
+
 def test_no_more_per_second_however_many_workers_ask(journal: Journal) -> None:
     """8 threads for 1.5 s at 20 per second: the burst of 20 and 30 more, give or take one."""
     gate, passed, until = admission(journal.pool, per_second=20), list[float](), time.monotonic() + 1.5
