@@ -268,7 +268,7 @@ class WorkStore(Protocol):
         """Append output to the stream; a superseded attempt's is dropped."""
 
     def held(self, workflow_id: str) -> Sequence[Attempt]:
-        """Journaled attempts of this workflow's task that have no end."""
+        """Journaled attempts of this workflow's task that may have left a sandbox: no outcome was accepted since."""
 
     def abandon(self, workflow_id: str) -> None:
         """A canceling run: the task ends without an outcome."""

@@ -288,13 +288,18 @@ WITH run AS (
 ), superseded AS (
   UPDATE app.sbx_attempts a SET state = 'unknown', ended_at = clock_timestamp() FROM task
   WHERE a.task_key = task.task_key AND a.state = 'created' RETURNING a.fence, a.attempt
+), before AS (
+  -- Also those that somebody superseded who died before their sandboxes were gone. What came before an accepted outcome is over.
+  SELECT a.fence, a.attempt FROM task JOIN app.sbx_attempts a ON a.task_key = task.task_key AND a.state = 'unknown'
+   WHERE a.attempt > coalesce((SELECT max(d.attempt) FROM app.sbx_attempts d WHERE d.task_key = a.task_key AND d.state = 'done'), 0)
+  UNION ALL SELECT fence, attempt FROM superseded
 ), journal AS (
   INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
   SELECT fence, %(run_id)s, task_key, attempt, 'created', %(executor)s FROM task
 )
 SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.fence, task.request,
        task.failures, task.interruptions, task.interruptions_alone,
-       (SELECT jsonb_agg(jsonb_build_array(fence, attempt)) FROM superseded) AS superseded
+       (SELECT jsonb_agg(jsonb_build_array(fence, attempt) ORDER BY attempt) FROM before) AS superseded
   FROM run CROSS JOIN leased LEFT JOIN task ON true
 
 -- name: note_alone
@@ -420,5 +425,6 @@ SELECT count(app.enqueue((CASE stage WHEN 'plan' THEN 'RunIntentWF' WHEN 'finish
     CASE stage WHEN 'plan' THEN intent_id ELSE id END, %(version)s, NULL, (settings->>'priority')::int)) AS n FROM run
 
 -- name: held_attempts
-SELECT a.run_id, a.fence, a.attempt, a.task_key FROM app.sbx_runs t JOIN app.sbx_attempts a ON a.task_key = t.task_key AND a.state = 'created'
- WHERE t.workflow_id = %(workflow_id)s
+SELECT a.run_id, a.fence, a.attempt, a.task_key FROM app.sbx_runs t JOIN app.sbx_attempts a ON a.task_key = t.task_key AND a.state IN ('created','unknown')
+ WHERE t.workflow_id = %(workflow_id)s AND t.status IN ('queued','running')
+   AND a.attempt > coalesce((SELECT max(d.attempt) FROM app.sbx_attempts d WHERE d.task_key = a.task_key AND d.state = 'done'), 0)

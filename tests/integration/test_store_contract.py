@@ -872,6 +872,18 @@ def test_a_second_attempt_supersedes_the_first_whose_outcome_then_changes_nothin
     assert at_.journal() == [(1, "unknown"), (2, "done")]
 
 
+def test_law_9_an_attempt_is_told_of_all_before_it_that_nobody_may_have_ended(pg: InPostgres) -> None:
+    """Whoever began the second died before it had killed the first one's sandbox."""
+    at_ = window(pg, 1)
+    workflow = at_.workflows[0]
+    first, second = at_.begin(workflow), at_.begin(workflow)
+    assert sorted(a.fence or 0 for a in pg.work.held(workflow)) == [first.fence, second.fence]
+    third = at_.begin(workflow)
+    assert sorted(third.superseded) == [(first.fence, 1), (second.fence, 2)]
+    assert at_.end(third, workflow) is not None
+    assert at_.journal() == [(1, "unknown"), (2, "unknown"), (3, "done")]
+
+
 def ended_before(attempt: Attempt) -> tuple[int, int, int]:
     return attempt.failures, attempt.interruptions, attempt.interruptions_alone
 
