@@ -172,7 +172,7 @@ def _outcome(
 ) -> Outcome:
     chunks, base = stream.close()
     report = next((junit.summary(a.content) for a in produced if a.kind == "junit"), None)
-    named = [*produced, *stream.artifacts()]
+    named = [*stream.artifacts(), *produced]  # the first of a name is kept: no file may pass for what was printed
     return Outcome(
         response=response.model_copy(update={"task_key": attempt.task_key}),
         provider=me.sandboxes.name,

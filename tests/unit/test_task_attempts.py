@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from controller.core.contract import ErrCode
+from controller.core.model import Artifact, Chunk
 from controller.core.phases import Status
 from controller.core.work import Attempt, Outcome
 from controller.workflows.parts import Parts
@@ -25,6 +26,8 @@ class World:
 
     code: ErrCode = ErrCode.NONE
     said: list[Any] = field(default_factory=list)
+    left: tuple[Artifact, ...] = ()
+    kept: list[Artifact] = field(default_factory=list)
     room: Room = field(default_factory=Room)
     store_id: str = "s"
     name: str = "mock"
@@ -43,11 +46,14 @@ class World:
 
     def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt:
         self.said.append(("outcome", outcome.response.err_code, outcome.response.stderr))
+        self.kept += outcome.artifacts
         return replace(attempt, fence=None)
 
-    def run(self, asked: Any, **_: Any) -> Any:
+    def run(self, asked: Any, *, emit: Any, **_: Any) -> Any:
         self.said.append("run")
-        return response(self.code), ()
+        if self.left:
+            emit(Chunk(kind="stdout", data=b"said"))
+        return response(self.code), self.left
 
     def wait(self, fence: int) -> float:
         return 0.0
@@ -106,3 +112,12 @@ def test_after_three_interruptions_alone_it_is_lost_and_not_run() -> None:
     why = "its worker died 3 times while no other task ran on it, and 3 times before that beside others"
     assert said == [("outcome", ErrCode.LOST, why)]
     assert after(ErrCode.NONE, interruptions=3, interruptions_alone=2)[1] == "run"
+
+
+def test_law_13_no_file_of_a_task_takes_the_place_of_what_it_printed() -> None:
+    """The store keeps the first artifact of a name."""
+    files = tuple(Artifact(name=name, kind="file", content=b"forged") for name in ("stdout.txt", "stderr.txt", "a.txt"))
+    world = World(left=files)
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    first = {a.name: a.content for a in reversed(world.kept)}
+    assert first["stdout.txt"] == b"said" and first["a.txt"] == b"forged"
