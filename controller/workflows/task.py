@@ -119,10 +119,13 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         files = {f.sha256: me.blob(f.sha256) for f in request.files_in}
     except Permanent as e:
         return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
-    if not (_admitted(me, attempt, canceled) and _entered(me, attempt, canceled)):
+    if canceled() or not (_admitted(me, attempt, canceled) and _entered(me, attempt, canceled)):
         late = _late(me, attempt.deadline)
         return _unrun(
-            me, attempt, ErrCode.TIMEOUT if late else ErrCode.CANCELED, "it waited for its sandbox until then"
+            me,
+            attempt,
+            ErrCode.TIMEOUT if late else ErrCode.CANCELED,
+            "the run's timeoutSeconds passed before it began" if late else "canceled before it began",
         )
     started = me.clock.monotonic()
     response, produced = me.sandboxes.run(

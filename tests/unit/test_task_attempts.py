@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from controller.workflows.room import Room
 from controller.workflows.task import try_once
 from tests.support.builders import request, response
 
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ATTEMPT = Attempt(run_id="r", run_status=Status.RUNNING, task_key="k", attempt=1, fence=7, request=request(files_in=()))
 NEXT = replace(ATTEMPT, attempt=2, fence=8)
 
@@ -29,6 +31,7 @@ class World:
     left: tuple[Artifact, ...] = ()
     kept: list[Artifact] = field(default_factory=list)
     room: Room = field(default_factory=Room)
+    canceled: frozenset[str] = frozenset()
     store_id: str = "s"
     name: str = "mock"
 
@@ -69,7 +72,10 @@ class World:
         return 0.5
 
     def canceled_runs(self) -> frozenset[str]:
-        return frozenset()
+        return self.canceled
+
+    def now(self) -> datetime:
+        return NOW
 
     def observe(self, what: str, outcome: str, seconds: float) -> None: ...
 
@@ -121,3 +127,18 @@ def test_law_13_no_file_of_a_task_takes_the_place_of_what_it_printed() -> None:
     try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
     first = {a.name: a.content for a in reversed(world.kept)}
     assert first["stdout.txt"] == b"said" and first["a.txt"] == b"forged"
+
+
+def test_what_begins_after_the_runs_time_is_not_run() -> None:
+    world = World()
+    try_once(cast("Parts", world), replace(ATTEMPT, deadline=NOW), "w", 1.0)
+    assert [one[:2] for one in world.said] == [("outcome", ErrCode.TIMEOUT)]
+    world = World()
+    try_once(cast("Parts", world), replace(ATTEMPT, deadline=NOW + timedelta(seconds=1)), "w", 1.0)
+    assert world.said[0] == "run"
+
+
+def test_what_begins_in_a_run_that_is_being_canceled_is_not_run() -> None:
+    world = World(canceled=frozenset({"r"}))
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    assert world.said == [("begin", None)]
