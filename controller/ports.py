@@ -165,7 +165,7 @@ class RunStore(Protocol):
         """Consume a quorum: decisions, the run, and `ExecutePlanWF <uid>:execute:<n>` in one transaction."""
 
     def reject(self, run: Run, votes: Sequence[Vote]) -> bool:
-        """One Reject ends the run."""
+        """One Reject of exactly this plan ends the run."""
 
     def expire(self, run: Run) -> bool:
         """End the run if its deadline has passed on the database's clock."""

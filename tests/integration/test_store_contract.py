@@ -413,6 +413,21 @@ def test_a_rejection_says_by_whom_and_why(world: Stage_) -> None:
     assert not world.store.approve(run, [vote()])
 
 
+def test_a_rejection_of_a_plan_that_was_replaced_does_not_end_its_successor(world: Stage_) -> None:
+    """As when a controller stands still between reading the votes and writing them down."""
+    old = waiting(world)
+    assert world.store.reject(old, [vote(verdict="Reject")])
+    assert world.store.retry(now(world, old.intent_id), count=1)
+    world.plan_ready(old.intent_id)
+    new = now(world, old.intent_id)
+    assert world.store.record_approval_object(new, name=str(new.approval_name), uid=f"object-2-{old.intent_id}")
+    assert not world.store.reject(old, [vote("dave@corp", verdict="Reject")])
+    assert now(world, old.intent_id).status is Status.WAITING_INPUT
+    assert [who for who, _, _ in world.decisions(old.intent_id)] == [vote().approver], (
+        "nobody said anything about the new plan"
+    )
+
+
 def test_two_controllers_that_approve_at_once_start_one_execution(world: Stage_) -> None:
     for _ in range(ROUNDS):
         run = waiting(world)

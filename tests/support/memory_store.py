@@ -121,7 +121,9 @@ class MemoryRunStore:
         with self.lock:
             row = self.runs[run.intent_id]
             who = ", ".join(f"{v.approver}: {v.reason}" if v.reason else v.approver for v in votes)
-            if not self._move(row, Event.REJECT, reason="Rejected", error=f"rejected by {who}"[:1024]):
+            if row.digest != run.digest or not self._move(
+                row, Event.REJECT, reason="Rejected", error=f"rejected by {who}"[:1024]
+            ):
                 return False
             self._record(row, votes, consumed_by="reject")
             return True
