@@ -148,7 +148,9 @@ UPDATE app.runs SET status = %(target)s, stage = %(stage)s, execution_no = execu
        reason = NULL, error = NULL, next_action = NULL, finished_at = NULL, result = NULL,
        deadline_at = clock_timestamp() + make_interval(secs => (settings->>'timeout_seconds')::int)
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND retry_count < %(count)s
-   AND execution_no < (settings->>'max_executions')::int
+   -- The first execution of this plan is the one that consumed its approvals; those of former plans do not count.
+   AND execution_no - coalesce((SELECT min(substring(a.consumed_by FROM ':execute:([0-9]+)$')::int) FROM app.plan_approvals a
+                                 WHERE a.run_id = app.runs.id AND a.digest = app.runs.digest), 1) + 1 < (settings->>'max_executions')::int
 RETURNING execution_no, intent_id, (settings->>'priority')::int AS priority
 
 -- name: requeue_failed_tasks

@@ -585,6 +585,22 @@ def test_when_the_executions_are_used_up_a_retry_is_noted_and_does_nothing(world
     assert ":execute:2" not in world.workflows(run.intent_id)
 
 
+def test_executions_of_a_former_plan_do_not_use_up_those_of_the_next(world: Stage_) -> None:
+    uid = finished(world, Event.FAIL, ErrCode.CMD_NONZERO, "TaskFailed", with_=settings(max_executions=2)).intent_id
+    assert world.store.retry(now(world, uid), count=1)
+    world.plan_ready(uid)
+    run = now(world, uid)
+    assert world.store.record_approval_object(run, name=str(run.approval_name), uid=f"object-2-{uid}")
+    assert world.store.approve(now(world, uid), [vote(), vote("bob@corp")])
+    for count in (2, 3):
+        world.begin_tasks(uid, 1, running=1)
+        world.end_task(uid, ErrCode.LOST)
+        world.finish(uid, Event.EXCEED, "InfrastructureFailed")
+        assert world.store.retry(now(world, uid), count=count) is (count == 2), "two of this plan"
+    after = now(world, uid)
+    assert (after.execution_no, after.next_action is not None and "used up" in after.next_action) == (3, True)
+
+
 @pytest.mark.parametrize("make", [canceled, started, waiting])
 def test_there_is_no_retry_of_what_is_open_or_canceled(world: Stage_, make: Callable[[Stage_], Run]) -> None:
     run = make(world)
