@@ -104,8 +104,8 @@ class Operator:
     async def _tick(self) -> None:
         """What no notification tells: progress of runs at work, deadlines that passed, Intents past their time to live."""
         marks = await asyncio.to_thread(self._store.progress)
-        for uid, mark in marks.items():
-            if self._marks.get(uid) != mark:
+        for uid in self._marks.keys() | marks.keys():  # also one that is at work no more
+            if self._marks.get(uid) != marks.get(uid):
                 self.queue.add(uid)
         self._marks = marks
         for uid in await asyncio.to_thread(self._store.overdue):

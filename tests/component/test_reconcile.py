@@ -965,6 +965,19 @@ async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> N
         await until(world, lambda: world.status()["tasks"]["succeeded"] == 1)
 
 
+async def test_a_run_that_stops_working_is_seen_by_the_tick_when_its_notification_is_lost(world: World) -> None:
+    """The listening connection may be dead without anybody knowing: nothing is ever sent on it."""
+    uid = world.cluster.apply()
+    await world.settle(uid)
+    world.store.begin_plan(uid)
+    await world.settle(uid)
+    made = operator(world)
+    async with running(made):
+        await until(world, lambda: made.last_resync is not None and len(made.queue) == 0 and uid in made._marks)
+        world.store.plan_ready(uid, diff=DIFF)
+        await until(world, lambda: world.status()["phase"] == "WaitingInput")
+
+
 async def test_a_vote_that_comes_with_the_answer_to_our_own_write_is_counted(world: World) -> None:
     def votes_at_once(plural: str, kind: str, obj: Mapping[str, Any]) -> None:
         if not world.blind and plural == "intents" and obj.get("status", {}).get("phase") == "WaitingInput":
