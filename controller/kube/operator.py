@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from controller import metrics
-from controller.core.errors import SisuError
+from controller.core.errors import Conflict, Permanent, SisuError
 from controller.kube.cache import Cache
 from controller.kube.client import KubeCluster
 from controller.kube.gate import IdentityGate
@@ -119,9 +119,18 @@ class Operator:
         now = self._clock.now()
         for obj in self._cache.intents():
             if _outlived(obj, now):
-                meta = obj["metadata"]
-                log.info("time to live over", extra={"intent": meta["name"], "uid": meta["uid"]})
-                await self._cluster.delete_intent(meta["namespace"], meta["name"], meta["uid"])
+                await self._bury(obj["metadata"])
+
+    async def _bury(self, meta: Mapping[str, Any]) -> None:
+        facts = {"intent": meta["name"], "uid": meta["uid"]}
+        log.info("time to live over", extra=facts)
+        try:
+            await self._cluster.delete_intent(meta["namespace"], meta["name"], meta["uid"])
+        except (
+            Conflict,
+            Permanent,
+        ) as e:  # somebody else's policy, or another one of its name: none of the others' business
+            log.warning("Intent not deleted", extra={**facts, "error": str(e)})
 
     async def _look_at_gate(self) -> None:
         wrong = await self._gate.policies()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from controller.core.errors import Conflict, SisuError, Unavailable
+from controller.core.errors import Conflict, Permanent, SisuError, Unavailable
 from controller.core.phases import Event, Stage, Status
 from controller.core.run import Run
 from controller.kube import identity
@@ -903,6 +903,17 @@ async def test_an_intent_past_its_time_to_live_is_deleted_and_not_before(world: 
     world.clock.at += timedelta(seconds=10)
     await made._tick()
     assert world.cluster.of_kind("intents") == []
+
+
+async def test_one_intent_that_may_not_be_deleted_keeps_no_other_alive(world: World) -> None:
+    """As where a policy of somebody else's protects it."""
+    for name in ("protected", "other"):
+        await world.settle(world.cluster.apply(name, cancel=True, ttlSecondsAfterFinished=60))
+    made = operator(world)
+    world.clock.at += timedelta(seconds=61)
+    world.cluster.fail["delete_intent"] = [Permanent("API server: 403: denied")]
+    await made._tick()
+    assert [obj["metadata"]["name"] for obj in world.cluster.of_kind("intents")] == ["protected"]
 
 
 async def test_an_intent_canceled_before_its_start_has_a_time_to_live_too(world: World) -> None:
