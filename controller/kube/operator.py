@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 MASS = 10  # more runs than this without their Intent is not deletion but a fault: somebody must look
 GATE_SECONDS = 30.0
+AGAIN_SECONDS = 5.0  # after a failure: without a first listing the process is not ready
 
 
 class Operator:
@@ -99,7 +100,9 @@ class Operator:
                 await call()
             except SisuError as e:
                 log.warning("periodic work failed", extra={"work": call.__name__, "error": str(e)})
-            await asyncio.sleep(seconds)
+                await asyncio.sleep(min(seconds, AGAIN_SECONDS))
+            else:
+                await asyncio.sleep(seconds)
 
     async def _tick(self) -> None:
         """What no notification tells: progress of runs at work, deadlines that passed, Intents past their time to live."""

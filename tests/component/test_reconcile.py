@@ -1013,6 +1013,14 @@ async def test_a_change_of_the_intent_that_comes_with_the_answer_to_our_own_writ
     assert world.run(uid).status is Status.CANCELING
 
 
+async def test_a_listing_that_failed_is_not_waited_for_until_the_next_resync(world: World) -> None:
+    made = operator(world)
+    world.cluster.fail["intents"] = [Unavailable("429: too many requests")]
+    async with running(made):
+        await until(world, lambda: made.last_resync is not None)
+    assert world.cluster.calls["intents"] == 2
+
+
 async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:
     uid = await world.waiting()
     world.clock.at = NOW + timedelta(days=30)
