@@ -150,12 +150,19 @@ class Operator:
             seen.add(str(obj["metadata"]["uid"]))
         async for obj in self._cluster.approvals():
             self._cache.saw_approval(obj)
+        await self._forget_gone(seen)
         for uid in seen | {str(obj["metadata"]["uid"]) for obj in self._cache.intents()}:
             self.queue.add(uid, urgent=False)
         unseen = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
         await self._cancel_gone(unseen)
         self.last_resync = self._clock.monotonic()
         metrics.RESYNC_SECONDS.observe(self.last_resync - began)
+
+    async def _forget_gone(self, seen: set[str]) -> None:
+        """A watch that begins anew does not tell what was deleted meanwhile."""
+        for meta in [obj["metadata"] for obj in self._cache.intents() if obj["metadata"]["uid"] not in seen]:
+            if await self._gone({"namespace": meta["namespace"], "name": meta["name"], "intent_id": meta["uid"]}):
+                self._cache.lost_intent(meta["uid"])
 
     async def _cancel_gone(self, rows: Sequence[Mapping[str, Any]]) -> None:
         gone = [r for r in rows if await self._gone(r)]

@@ -889,6 +889,22 @@ async def test_a_run_that_has_ended_is_left_alone(world: World) -> None:
     assert world.run(uid).status is Status.FAILED
 
 
+async def test_an_ended_intent_whose_deletion_nobody_saw_is_forgotten_at_the_next_resync(world: World) -> None:
+    """Else it is deleted anew with every tick, and its status is written in vain, for ever."""
+    uid = world.cluster.apply("gone", cancel=True, ttlSecondsAfterFinished=60)
+    kept = world.cluster.apply("kept", cancel=True)
+    for one in (uid, kept):
+        await world.settle(one)
+    made = operator(world)
+    vanish(world, "gone")
+    world.cluster.hidden = {kept}
+    await made.resync()
+    assert [obj["metadata"]["name"] for obj in made.intents()] == ["kept"]
+    world.clock.at += timedelta(seconds=61)
+    await made._tick()
+    assert world.cluster.calls.get("delete_intent", 0) == 0
+
+
 # ------------------------------------------------------------------ the operator: time and the whole loop
 
 
