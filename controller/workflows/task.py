@@ -174,7 +174,7 @@ def _outcome(
     me: Parts, attempt: Attempt, response: SBXRes, produced: Sequence[Artifact], stream: ChunkStream
 ) -> Outcome:
     chunks, base = stream.close()
-    report = next((junit.summary(a.content) for a in produced if a.kind == "junit"), None)
+    reports = [found for a in produced if a.kind == "junit" and (found := junit.summary(a.content)) is not None]
     named = [*stream.artifacts(), *produced]  # the first of a name is kept: no file may pass for what was printed
     return Outcome(
         response=response.model_copy(update={"task_key": attempt.task_key}),
@@ -182,7 +182,7 @@ def _outcome(
         artifacts=named,
         chunks=chunks,
         chunk_base=base,
-        junit=report,
+        junit=junit.added(reports) if reports else None,
     )
 
 

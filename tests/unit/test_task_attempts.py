@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -30,6 +31,7 @@ class World:
     said: list[Any] = field(default_factory=list)
     left: tuple[Artifact, ...] = ()
     kept: list[Artifact] = field(default_factory=list)
+    junit: Mapping[str, int] | None = None
     room: Room = field(default_factory=Room)
     canceled: frozenset[str] = frozenset()
     store_id: str = "s"
@@ -50,6 +52,7 @@ class World:
     def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt:
         self.said.append(("outcome", outcome.response.err_code, outcome.response.stderr))
         self.kept += outcome.artifacts
+        self.junit = outcome.junit
         return replace(attempt, fence=None)
 
     def run(self, asked: Any, *, emit: Any, **_: Any) -> Any:
@@ -142,3 +145,11 @@ def test_what_begins_in_a_run_that_is_being_canceled_is_not_run() -> None:
     world = World(canceled=frozenset({"r"}))
     try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
     assert world.said == [("begin", None)]
+
+
+def test_all_reports_of_a_task_are_counted_and_a_broken_one_hides_none() -> None:
+    reports = (b"no report", b"<testsuite tests='3' failures='1'/>", b"<testsuite tests='2' errors='1'/>")
+    left = tuple(Artifact(name=f"{n}/junit.xml", kind="junit", content=report) for n, report in enumerate(reports))
+    world = World(left=left)
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    assert world.junit == {"tests": 5, "failures": 2}
