@@ -165,7 +165,7 @@ class RunStore(Protocol):
         """Consume a quorum: decisions, the run, and `ExecutePlanWF <uid>:execute:<n>` in one transaction."""
 
     def reject(self, run: Run, votes: Sequence[Vote]) -> bool:
-        """One Reject ends the run."""
+        """One Reject of exactly this plan ends the run."""
 
     def expire(self, run: Run) -> bool:
         """End the run if its deadline has passed on the database's clock."""
@@ -268,7 +268,7 @@ class WorkStore(Protocol):
         """Append output to the stream; a superseded attempt's is dropped."""
 
     def held(self, workflow_id: str) -> Sequence[Attempt]:
-        """Journaled attempts of this workflow's task that have no end."""
+        """Journaled attempts of this workflow's task that may have left a sandbox: no outcome was accepted since."""
 
     def abandon(self, workflow_id: str) -> None:
         """A canceling run: the task ends without an outcome."""

@@ -105,7 +105,7 @@ class ErrCode(StrEnum):
     DOWNLOAD_FAIL = "DOWNLOAD_FAIL"
     LOST = "LOST"
     CANCELED = "CANCELED"
-    SKIPPED = "SKIPPED"  # not run: a task that it depends on failed, or any did and the recipe is FailFast
+    SKIPPED = "SKIPPED"  # not run: a task that it depends on failed, any did and the recipe is FailFast, or refused
     BUDGET = "BUDGET"  # not run: maxSandboxMinutes are used up
 
     @property

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from xml.etree.ElementTree import ParseError
 
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
+
+MOST = 2**31 - 1  # int32 in the Intent's status: with more in it the API server refuses all of it
+
+
+def added(reports: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """{tests, failures} of all of them, bounded."""
+    total = {"tests": 0, "failures": 0}
+    for report in reports:
+        total = {key: min(MOST, value + report[key]) for key, value in total.items()}
+    return total
 
 
 def summary(report: bytes) -> Mapping[str, int] | None:
@@ -21,11 +31,10 @@ def summary(report: bytes) -> Mapping[str, int] | None:
     suites = [root] if root.tag == "testsuite" else root.findall("testsuite") if root.tag == "testsuites" else []
     if not suites:
         return None
-    total = {"tests": 0, "failures": 0}
-    for suite in suites:
-        total["tests"] += _count(suite.get("tests"))
-        total["failures"] += _count(suite.get("failures")) + _count(suite.get("errors"))
-    return total
+    return added(
+        {"tests": _count(s.get("tests")), "failures": _count(s.get("failures")) + _count(s.get("errors"))}
+        for s in suites
+    )
 
 
 def _count(text: str | None) -> int:

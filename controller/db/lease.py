@@ -49,10 +49,11 @@ class PgLeaseStore:
             for row in c.execute(SQL["repairable"]).fetchall():
                 p = {"run_id": row["run_id"], "version": self._version}
                 with c.transaction():
-                    c.execute(SQL["lock_run"], p)
+                    run = c.execute(SQL["lock_run"], p).fetchone()
                     did["coordinators"] += _n(c, "redispatch_coordinator", p)
                     did["tasks"] += _n(c, "redispatch_lost", p)
-                    did["topped_up"] += _n(c, "top_up", p, column="enqueued")
+                    if run is not None and run["total"] > 0:  # before ExecutePlanWF has hashed the bytes nothing begins
+                        did["topped_up"] += _n(c, "top_up", p, column="enqueued")
                     did["closed"] += _n(c, "close_empty", p, column="closed")
 
         # Own connection: the sweep's transaction only holds the lock, and each run is repaired and committed by itself.

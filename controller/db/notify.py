@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import psycopg
 
+from controller.db.pool import noticing
+
 log = logging.getLogger(__name__)
 CHANNEL = "sisukodo_runs"
 
@@ -32,7 +34,7 @@ class Listener:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with psycopg.connect(self._url, autocommit=True, application_name="sisu-kodo-listen") as c:
+                with psycopg.connect(noticing(self._url), autocommit=True, application_name="sisu-kodo-listen") as c:
                     c.execute(f"LISTEN {CHANNEL}")
                     self._notify(None)
                     while not self._stop.is_set():

@@ -81,9 +81,16 @@ UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s,
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'plan' AND plan_no = %(plan_no)s
 
 -- name: refuse_execution
-UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
-       finished_at = clock_timestamp(), closed = closed + 1
- WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'execute' AND execution_no = %(execution_no)s
+-- With the tasks that a retry had put back: left queued, they would run under the next plan's approval.
+WITH refused AS (
+  UPDATE app.runs SET status = %(target)s, reason = 'ExecutionRefused', error = %(error)s, next_action = NULL,
+         finished_at = clock_timestamp(), closed = closed + 1
+   WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND stage = 'execute' AND execution_no = %(execution_no)s RETURNING id
+), tasks AS (
+  UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
+    FROM refused WHERE t.run_id = refused.id AND t.status = 'queued'
+)
+SELECT id FROM refused
 
 -- name: record_approval_object
 UPDATE app.runs SET approval_name = %(name)s, approval_uid = %(uid)s
@@ -141,7 +148,9 @@ UPDATE app.runs SET status = %(target)s, stage = %(stage)s, execution_no = execu
        reason = NULL, error = NULL, next_action = NULL, finished_at = NULL, result = NULL,
        deadline_at = clock_timestamp() + make_interval(secs => (settings->>'timeout_seconds')::int)
  WHERE id = %(run_id)s AND status = ANY(%(sources)s) AND retry_count < %(count)s
-   AND execution_no < (settings->>'max_executions')::int
+   -- The first execution of this plan is the one that consumed its approvals; those of former plans do not count.
+   AND execution_no - coalesce((SELECT min(substring(a.consumed_by FROM ':execute:([0-9]+)$')::int) FROM app.plan_approvals a
+                                 WHERE a.run_id = app.runs.id AND a.digest = app.runs.digest), 1) + 1 < (settings->>'max_executions')::int
 RETURNING execution_no, intent_id, (settings->>'priority')::int AS priority
 
 -- name: requeue_failed_tasks
@@ -281,20 +290,27 @@ WITH run AS (
 ), superseded AS (
   UPDATE app.sbx_attempts a SET state = 'unknown', ended_at = clock_timestamp() FROM task
   WHERE a.task_key = task.task_key AND a.state = 'created' RETURNING a.fence, a.attempt
+), before AS (
+  -- Also those that somebody superseded who died before their sandboxes were gone. What came before an accepted outcome is over.
+  SELECT a.fence, a.attempt FROM task JOIN app.sbx_attempts a ON a.task_key = task.task_key AND a.state = 'unknown'
+   WHERE a.attempt > coalesce((SELECT max(d.attempt) FROM app.sbx_attempts d WHERE d.task_key = a.task_key AND d.state = 'done'), 0)
+  UNION ALL SELECT fence, attempt FROM superseded
 ), journal AS (
   INSERT INTO app.sbx_attempts (fence, run_id, task_key, attempt, state, executor)
   SELECT fence, %(run_id)s, task_key, attempt, 'created', %(executor)s FROM task
 )
 SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task_key, task.attempt, task.fence, task.request,
        task.failures, task.interruptions, task.interruptions_alone,
-       (SELECT jsonb_agg(jsonb_build_array(fence, attempt)) FROM superseded) AS superseded
+       (SELECT jsonb_agg(jsonb_build_array(fence, attempt) ORDER BY attempt) FROM before) AS superseded
   FROM run CROSS JOIN leased LEFT JOIN task ON true
 
 -- name: note_alone
 UPDATE app.sbx_runs SET alone = true WHERE run_id = %(run_id)s AND task_key = %(task_key)s AND fence = %(fence)s AND status = 'running'
 
 -- name: admit_sandbox
-SELECT app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) AS seconds
+-- One that is in already asks again when the answer was lost: it must not wait until it has ended itself.
+SELECT CASE WHEN EXISTS (SELECT 1 FROM app.sbx_attempts WHERE fence = %(fence)s AND state = 'created' AND admitted_by = %(provider)s) THEN 0
+            ELSE app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) END AS seconds
 
 -- name: live_attempts
 -- Of these fences: those whose attempt has not ended and whose executor lives.
@@ -411,5 +427,6 @@ SELECT count(app.enqueue((CASE stage WHEN 'plan' THEN 'RunIntentWF' WHEN 'finish
     CASE stage WHEN 'plan' THEN intent_id ELSE id END, %(version)s, NULL, (settings->>'priority')::int)) AS n FROM run
 
 -- name: held_attempts
-SELECT a.run_id, a.fence, a.attempt, a.task_key FROM app.sbx_runs t JOIN app.sbx_attempts a ON a.task_key = t.task_key AND a.state = 'created'
- WHERE t.workflow_id = %(workflow_id)s
+SELECT a.run_id, a.fence, a.attempt, a.task_key FROM app.sbx_runs t JOIN app.sbx_attempts a ON a.task_key = t.task_key AND a.state IN ('created','unknown')
+ WHERE t.workflow_id = %(workflow_id)s AND t.status IN ('queued','running')
+   AND a.attempt > coalesce((SELECT max(d.attempt) FROM app.sbx_attempts d WHERE d.task_key = a.task_key AND d.state = 'done'), 0)

@@ -124,6 +124,9 @@ class PgRunStore:
         who = ", ".join(f"{v.approver}: {v.reason}" if v.reason else v.approver for v in votes)
 
         def body(c: psycopg.Connection[DictRow]) -> bool:
+            locked = c.execute(SQL["lock_run"], {"run_id": run.run_id}).fetchone()
+            if locked is None or locked["digest"] != run.digest:
+                return False  # these votes were about another plan
             if not self._move(c, run, Event.REJECT, reason="Rejected", error=f"rejected by {who}"[:1024]):
                 return False
             self._votes(c, run, votes, consumed_by="reject")

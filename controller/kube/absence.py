@@ -22,9 +22,13 @@ class Absence:
     def __init__(self, cluster: KubeCluster, store: RunStore, *, found: Callable[[Object], None]) -> None:
         self._cluster, self._store, self._found = cluster, store, found
 
+    async def missing(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Those of these whose Intent a GET does not find, for whatever reason. Raises Unavailable: then nothing is known."""
+        return [row for row in rows if not await self._there(row)]
+
     async def orphans(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Those of these open runs (RunStore.open_runs) whose Intent is gone. Raises Unavailable: then nothing is known."""
-        missing = [row for row in rows if not await self._there(row)]
+        """Those of these open runs (RunStore.open_runs) whose Intent is gone. Raises as `missing`."""
+        missing = await self.missing(rows)
         if not missing or not await self._cluster.crd_exists():
             return ()
         namespaces = {

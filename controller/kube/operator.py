@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from controller import metrics
-from controller.core.errors import SisuError
+from controller.core.errors import Conflict, Permanent, SisuError
 from controller.kube.absence import MASS, Absence
 from controller.kube.cache import Cache
 from controller.kube.client import KubeCluster
@@ -21,6 +21,7 @@ from controller.ports import Clock, RunStore
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 GATE_SECONDS = 30.0
+AGAIN_SECONDS = 5.0  # after a failure: without a first listing the process is not ready
 
 
 class Operator:
@@ -97,13 +98,15 @@ class Operator:
                 await call()
             except SisuError as e:
                 log.warning("periodic work failed", extra={"work": call.__name__, "error": str(e)})
-            await asyncio.sleep(seconds)
+                await asyncio.sleep(min(seconds, AGAIN_SECONDS))
+            else:
+                await asyncio.sleep(seconds)
 
     async def _tick(self) -> None:
         """What no notification tells: progress of runs at work, deadlines that passed, Intents past their time to live."""
         marks = await asyncio.to_thread(self._store.progress)
-        for uid, mark in marks.items():
-            if self._marks.get(uid) != mark:
+        for uid in self._marks.keys() | marks.keys():  # also one that is at work no more
+            if self._marks.get(uid) != marks.get(uid):
                 self.queue.add(uid)
         self._marks = marks
         for uid in await asyncio.to_thread(self._store.overdue):
@@ -117,9 +120,18 @@ class Operator:
         now = self._clock.now()
         for obj in self._cache.intents():
             if _outlived(obj, now):
-                meta = obj["metadata"]
-                log.info("time to live over", extra={"intent": meta["name"], "uid": meta["uid"]})
-                await self._cluster.delete_intent(meta["namespace"], meta["name"], meta["uid"])
+                await self._bury(obj["metadata"])
+
+    async def _bury(self, meta: Mapping[str, Any]) -> None:
+        facts = {"intent": meta["name"], "uid": meta["uid"]}
+        log.info("time to live over", extra=facts)
+        try:
+            await self._cluster.delete_intent(meta["namespace"], meta["name"], meta["uid"])
+        except (
+            Conflict,
+            Permanent,
+        ) as e:  # somebody's policy, or another one of its name: none of the others' business
+            log.warning("Intent not deleted", extra={**facts, "error": str(e)})
 
     async def _look_at_gate(self) -> None:
         wrong = await self._gate.policies()
@@ -136,12 +148,20 @@ class Operator:
             seen.add(str(obj["metadata"]["uid"]))
         async for obj in self._cluster.approvals():
             self._cache.saw_approval(obj)
+        await self._forget_gone(seen)
         for uid in seen | {str(obj["metadata"]["uid"]) for obj in self._cache.intents()}:
             self.queue.add(uid, urgent=False)
         unseen = [r for r in await asyncio.to_thread(self._store.open_runs) if r["intent_id"] not in seen]
         metrics.RUNS_ORPHANED.set(await self._cancel_orphans(unseen))
         self.last_resync = self._clock.monotonic()
         metrics.RESYNC_SECONDS.observe(self.last_resync - began)
+
+    async def _forget_gone(self, seen: set[str]) -> None:
+        """A watch that begins anew does not tell what was deleted meanwhile."""
+        unseen = [obj["metadata"] for obj in self._cache.intents() if obj["metadata"]["uid"] not in seen]
+        rows = [{"namespace": m["namespace"], "name": m["name"], "intent_id": m["uid"]} for m in unseen]
+        for row in await self._absence.missing(rows):
+            self._cache.lost_intent(row["intent_id"])
 
     async def _cancel_orphans(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Of these runs, those whose Intent is gone; how many were left alone because they are too many to be deletions."""

@@ -31,6 +31,7 @@ TURN_SECONDS = 300.0
 CONCURRENCY = 8
 DAEMON_SECONDS = 60.0  # a daemon that is being restarted on a busy machine takes 30 s
 LOOK_SECONDS = 0.2
+CANCEL_SECONDS = 0.5  # between two questions whether a turn that has not begun is canceled
 TITLE = "sisu-kodo"
 
 
@@ -111,14 +112,17 @@ class LiveAgent:
 
     async def _turn(self, request: TurnRequest, canceled: Callable[[], bool]) -> TurnReply:
         queued = time.monotonic()
-        async with self._slots:
+        await _unless(canceled, self._slots.acquire())
+        try:
             started = time.monotonic()
-            await self._reachable()
+            await _unless(canceled, self._reachable())
             bounds = turns.Bounds(seconds=self._turn_seconds, tokens=request.max_tokens, canceled=canceled)
             session = await self._session(request)
             ready = time.monotonic()
             answer = await self._asked(session, request, bounds)
             done = time.monotonic()
+        finally:
+            self._slots.release()
         timings = {
             "queued": _ms(started - queued),
             "session": _ms(ready - started),
@@ -220,6 +224,19 @@ class LiveAgent:
             "tokens_in": session.tokens_in - before[0],
             "tokens_out": session.tokens_out - before[1],
         }
+
+
+async def _unless(canceled: Callable[[], bool], work: Coroutine[Any, Any, T]) -> T:
+    """What it waits for. Raises Permanent within a second when it is canceled first."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=CANCEL_SECONDS)
+            if not task.done() and canceled():
+                raise Permanent("canceled before there was a plan")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _tool_call(part: Mapping[str, Any], structured: Any) -> dict[str, Any]:

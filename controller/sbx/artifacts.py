@@ -35,6 +35,7 @@ class Choice:
     remarks: tuple[str, ...]
 
 
+PRINTED = ("stdout.txt", "stderr.txt")  # TaskWF names so what the command printed
 MAX_ENTRIES = 10_000
 MAX_PATH = 512
 MAX_REMARKS = 10
@@ -92,6 +93,8 @@ def _unwanted(path: str, size: int, caps: Caps) -> str | None:
         return f"{size} bytes, at most {caps.file_bytes} are taken"
     if len(path) > MAX_PATH:
         return f"its path is longer than {MAX_PATH}"
+    if path in PRINTED:
+        return "its name is that of what the command printed"
     # Surrogates (names that are not UTF-8), control and bidirectional characters have no place in what people are shown.
     return None if path.isprintable() else "its name is not printable text"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dbos import DBOS
 
+from controller.core import junit
 from controller.core.contract import ErrCode
 from controller.core.model import Artifact
 from controller.core.phases import Event, Stage, Status
@@ -72,9 +73,7 @@ def _line(r: TaskResult) -> dict[str, Any]:
 
 def _junit(results: Sequence[TaskResult]) -> dict[str, int] | None:
     reports = [r.junit for r in results if r.junit]
-    if not reports:
-        return None
-    return {key: sum(report[key] for report in reports) for key in ("tests", "failures")}
+    return junit.added(reports) if reports else None
 
 
 def _result(ctx: Context, output: dict[str, Any], number: int) -> dict[str, Any]:

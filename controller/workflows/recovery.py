@@ -10,6 +10,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from controller.core.errors import Transient
+from controller.core.model import Owner
 from controller.ports import Clock, LeaseStore, SandboxProvider, WorkStore
 from controller.workflows import engine
 
@@ -135,9 +137,19 @@ class Reaper:
         self._since = {fence: self._since.get(fence, now) for fence in owned.keys() - live}
         for fence, since in self._since.items():
             if now - since >= self._grace:
-                killed += self._provider.kill(owned[fence])
-                log.warning("sandbox_orphan_reaped", extra={"task_key": owned[fence].task_key, "fence": fence})
+                killed += self._reap(owned[fence])
         self._observe(len(owned), killed)
+
+    def _reap(self, owner: Owner) -> int:
+        """One that cannot be killed now is met again at the next look, and must not keep the others alive."""
+        facts = {"task_key": owner.task_key, "fence": owner.fence}
+        try:
+            killed = self._provider.kill(owner)
+        except Transient as e:
+            log.warning("sandbox_orphan_not_reaped", extra={**facts, "error": str(e)})
+            return 0
+        log.warning("sandbox_orphan_reaped", extra=facts)
+        return killed
 
 
 class CancelWatch:

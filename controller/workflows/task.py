@@ -119,10 +119,13 @@ def effect(me: Parts, attempt: Attempt) -> Outcome:
         files = {f.sha256: me.blob(f.sha256) for f in request.files_in}
     except Permanent as e:
         return _unrun(me, attempt, ErrCode.UPLOAD_FAIL, str(e))
-    if not (_admitted(me, attempt, canceled) and _entered(me, attempt, canceled)):
+    if canceled() or not (_admitted(me, attempt, canceled) and _entered(me, attempt, canceled)):
         late = _late(me, attempt.deadline)
         return _unrun(
-            me, attempt, ErrCode.TIMEOUT if late else ErrCode.CANCELED, "it waited for its sandbox until then"
+            me,
+            attempt,
+            ErrCode.TIMEOUT if late else ErrCode.CANCELED,
+            "the run's timeoutSeconds passed before it began" if late else "canceled before it began",
         )
     started = me.clock.monotonic()
     response, produced = me.sandboxes.run(
@@ -171,15 +174,15 @@ def _outcome(
     me: Parts, attempt: Attempt, response: SBXRes, produced: Sequence[Artifact], stream: ChunkStream
 ) -> Outcome:
     chunks, base = stream.close()
-    report = next((junit.summary(a.content) for a in produced if a.kind == "junit"), None)
-    named = [*produced, *stream.artifacts()]
+    reports = [found for a in produced if a.kind == "junit" and (found := junit.summary(a.content)) is not None]
+    named = [*stream.artifacts(), *produced]  # the first of a name is kept: no file may pass for what was printed
     return Outcome(
         response=response.model_copy(update={"task_key": attempt.task_key}),
         provider=me.sandboxes.name,
         artifacts=named,
         chunks=chunks,
         chunk_base=base,
-        junit=report,
+        junit=junit.added(reports) if reports else None,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from controller.core.errors import Conflict, SisuError, Unavailable
+from controller.core.errors import Conflict, Permanent, SisuError, Unavailable
 from controller.core.phases import Event, Stage, Status
 from controller.core.run import Run
 from controller.kube import identity
@@ -892,6 +892,22 @@ async def test_a_run_that_has_ended_is_left_alone(world: World) -> None:
     assert world.run(uid).status is Status.FAILED
 
 
+async def test_an_ended_intent_whose_deletion_nobody_saw_is_forgotten_at_the_next_resync(world: World) -> None:
+    """Else it is deleted anew with every tick, and its status is written in vain, for ever."""
+    uid = world.cluster.apply("gone", cancel=True, ttlSecondsAfterFinished=60)
+    kept = world.cluster.apply("kept", cancel=True)
+    for one in (uid, kept):
+        await world.settle(one)
+    made = operator(world)
+    vanish(world, "gone")
+    world.cluster.hidden = {kept}
+    await made.resync()
+    assert [obj["metadata"]["name"] for obj in made.intents()] == ["kept"]
+    world.clock.at += timedelta(seconds=61)
+    await made._tick()
+    assert world.cluster.calls.get("delete_intent", 0) == 0
+
+
 # ------------------------------------------------------------------ the operator: time and the whole loop
 
 
@@ -906,6 +922,17 @@ async def test_an_intent_past_its_time_to_live_is_deleted_and_not_before(world: 
     world.clock.at += timedelta(seconds=10)
     await made._tick()
     assert world.cluster.of_kind("intents") == []
+
+
+async def test_one_intent_that_may_not_be_deleted_keeps_no_other_alive(world: World) -> None:
+    """As where a policy of somebody else's protects it."""
+    for name in ("protected", "other"):
+        await world.settle(world.cluster.apply(name, cancel=True, ttlSecondsAfterFinished=60))
+    made = operator(world)
+    world.clock.at += timedelta(seconds=61)
+    world.cluster.fail["delete_intent"] = [Permanent("API server: 403: denied")]
+    await made._tick()
+    assert [obj["metadata"]["name"] for obj in world.cluster.of_kind("intents")] == ["protected"]
 
 
 async def test_an_intent_canceled_before_its_start_has_a_time_to_live_too(world: World) -> None:
@@ -968,6 +995,19 @@ async def test_what_no_notification_tells_is_seen_by_the_tick(world: World) -> N
         await until(world, lambda: world.status()["tasks"]["succeeded"] == 1)
 
 
+async def test_a_run_that_stops_working_is_seen_by_the_tick_when_its_notification_is_lost(world: World) -> None:
+    """The listening connection may be dead without anybody knowing: nothing is ever sent on it."""
+    uid = world.cluster.apply()
+    await world.settle(uid)
+    world.store.begin_plan(uid)
+    await world.settle(uid)
+    made = operator(world)
+    async with running(made):
+        await until(world, lambda: made.last_resync is not None and len(made.queue) == 0 and uid in made._marks)
+        world.store.plan_ready(uid, diff=DIFF)
+        await until(world, lambda: world.status()["phase"] == "WaitingInput")
+
+
 async def test_a_vote_that_comes_with_the_answer_to_our_own_write_is_counted(world: World) -> None:
     def votes_at_once(plural: str, kind: str, obj: Mapping[str, Any]) -> None:
         if not world.blind and plural == "intents" and obj.get("status", {}).get("phase") == "WaitingInput":
@@ -990,6 +1030,14 @@ async def test_a_change_of_the_intent_that_comes_with_the_answer_to_our_own_writ
     world.clock.sleep(2)
     await world.reconciler.reconcile(uid)
     assert world.run(uid).status is Status.CANCELING
+
+
+async def test_a_listing_that_failed_is_not_waited_for_until_the_next_resync(world: World) -> None:
+    made = operator(world)
+    world.cluster.fail["intents"] = [Unavailable("429: too many requests")]
+    async with running(made):
+        await until(world, lambda: made.last_resync is not None)
+    assert world.cluster.calls["intents"] == 2
 
 
 async def test_a_deadline_that_passed_is_seen_by_the_tick(world: World) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.core.errors import Unavailable
 from controller.core.model import Owner
 from controller.db.admission import PgAdmission
 from controller.db.lease import PgLeaseStore
@@ -97,6 +98,17 @@ def test_no_more_at_once_however_many_workers_ask(journal: Journal) -> None:
     assert gate.wait(waiting) > 0
     journal.end(passed[0])
     assert gate.wait(waiting) == 0
+
+
+def test_an_attempt_whose_admission_was_not_heard_of_does_not_wait_for_itself(journal: Journal) -> None:
+    """The answer to a statement that was committed is lost with its connection; whoever repeats it is in already."""
+    journal.begin(1)
+    journal.begin(2)
+    gate = admission(journal.pool, concurrent=1)
+    assert [gate.wait(1), gate.wait(1)] == [0, 0]
+    assert gate.wait(2) > 0
+    journal.end(1)
+    assert gate.wait(2) == 0
 
 
 def test_no_more_per_second_however_many_workers_ask(journal: Journal) -> None:
@@ -224,6 +236,25 @@ def test_only_orphans_of_this_store_die_and_only_after_the_grace_period(yard: Ya
     yard.look(2)
     assert yard.fences() == {1} and yard.fences("another") == {5}
     assert yard.seen == [(4, 0), (4, 0), (4, 3)]
+
+
+def test_one_orphan_that_cannot_be_killed_keeps_no_other_alive(yard: Yard) -> None:
+    """As a claim that nobody deletes behind its finalizer, or a Pod of a node that is gone."""
+    for fence in (1, 2, 3):
+        yard.sandbox(fence)
+    kill = yard.provider.kill
+
+    def stuck(owner: Owner) -> int:
+        if owner.fence == 1:
+            raise Unavailable("it was deleted by force, and is there still")
+        return kill(owner)
+
+    yard.provider.kill = stuck  # type: ignore[method-assign]
+    yard.look()
+    yard.look(61)
+    yard.provider.kill = kill  # type: ignore[method-assign]
+    assert yard.fences() == {1}
+    assert yard.seen == [(3, 0), (3, 2)], "and what lives is told"
 
 
 def test_the_grace_period_begins_when_the_owner_is_gone(yard: Yard) -> None:

@@ -413,6 +413,21 @@ def test_a_rejection_says_by_whom_and_why(world: Stage_) -> None:
     assert not world.store.approve(run, [vote()])
 
 
+def test_a_rejection_of_a_plan_that_was_replaced_does_not_end_its_successor(world: Stage_) -> None:
+    """As when a controller stands still between reading the votes and writing them down."""
+    old = waiting(world)
+    assert world.store.reject(old, [vote(verdict="Reject")])
+    assert world.store.retry(now(world, old.intent_id), count=1)
+    world.plan_ready(old.intent_id)
+    new = now(world, old.intent_id)
+    assert world.store.record_approval_object(new, name=str(new.approval_name), uid=f"object-2-{old.intent_id}")
+    assert not world.store.reject(old, [vote("dave@corp", verdict="Reject")])
+    assert now(world, old.intent_id).status is Status.WAITING_INPUT
+    assert [who for who, _, _ in world.decisions(old.intent_id)] == [vote().approver], (
+        "nobody said anything about the new plan"
+    )
+
+
 def test_two_controllers_that_approve_at_once_start_one_execution(world: Stage_) -> None:
     for _ in range(ROUNDS):
         run = waiting(world)
@@ -568,6 +583,22 @@ def test_when_the_executions_are_used_up_a_retry_is_noted_and_does_nothing(world
     assert (after.status, after.execution_no, after.retry_count) == (Status.RETRIES_EXCEEDED, 1, 1)
     assert after.next_action is not None and "used up" in after.next_action
     assert ":execute:2" not in world.workflows(run.intent_id)
+
+
+def test_executions_of_a_former_plan_do_not_use_up_those_of_the_next(world: Stage_) -> None:
+    uid = finished(world, Event.FAIL, ErrCode.CMD_NONZERO, "TaskFailed", with_=settings(max_executions=2)).intent_id
+    assert world.store.retry(now(world, uid), count=1)
+    world.plan_ready(uid)
+    run = now(world, uid)
+    assert world.store.record_approval_object(run, name=str(run.approval_name), uid=f"object-2-{uid}")
+    assert world.store.approve(now(world, uid), [vote(), vote("bob@corp")])
+    for count in (2, 3):
+        world.begin_tasks(uid, 1, running=1)
+        world.end_task(uid, ErrCode.LOST)
+        world.finish(uid, Event.EXCEED, "InfrastructureFailed")
+        assert world.store.retry(now(world, uid), count=count) is (count == 2), "two of this plan"
+    after = now(world, uid)
+    assert (after.execution_no, after.next_action is not None and "used up" in after.next_action) == (3, True)
 
 
 @pytest.mark.parametrize("make", [canceled, started, waiting])
@@ -870,6 +901,18 @@ def test_a_second_attempt_supersedes_the_first_whose_outcome_then_changes_nothin
     assert pg.one("SELECT count(*) FROM app.chunks WHERE task_key = %s", first.task_key) == 0
     assert at_.end(second, workflow) is not None
     assert at_.journal() == [(1, "unknown"), (2, "done")]
+
+
+def test_law_9_an_attempt_is_told_of_all_before_it_that_nobody_may_have_ended(pg: InPostgres) -> None:
+    """Whoever began the second died before it had killed the first one's sandbox."""
+    at_ = window(pg, 1)
+    workflow = at_.workflows[0]
+    first, second = at_.begin(workflow), at_.begin(workflow)
+    assert sorted(a.fence or 0 for a in pg.work.held(workflow)) == [first.fence, second.fence]
+    third = at_.begin(workflow)
+    assert sorted(third.superseded) == [(first.fence, 1), (second.fence, 2)]
+    assert at_.end(third, workflow) is not None
+    assert at_.journal() == [(1, "unknown"), (2, "unknown"), (3, "done")]
 
 
 def ended_before(attempt: Attempt) -> tuple[int, int, int]:

@@ -121,7 +121,9 @@ class MemoryRunStore:
         with self.lock:
             row = self.runs[run.intent_id]
             who = ", ".join(f"{v.approver}: {v.reason}" if v.reason else v.approver for v in votes)
-            if not self._move(row, Event.REJECT, reason="Rejected", error=f"rejected by {who}"[:1024]):
+            if row.digest != run.digest or not self._move(
+                row, Event.REJECT, reason="Rejected", error=f"rejected by {who}"[:1024]
+            ):
                 return False
             self._record(row, votes, consumed_by="reject")
             return True
@@ -167,7 +169,9 @@ class MemoryRunStore:
                 return False
             if event is Event.RETRY:
                 return self._reopen_plan(row, count)
-            if row.execution_no >= row.settings.max_executions:
+            consumed = [d.consumed_by for d in self.decided if (d.run_id, d.digest) == (row.run_id, row.digest)]
+            first = min((int(by.rpartition(":")[2]) for by in consumed if ":execute:" in by), default=1)
+            if row.execution_no - first + 1 >= row.settings.max_executions:
                 note = f"spec.retry is used up: the policy allows {row.settings.max_executions} executions of one plan"
                 self._put(replace(row, retry_count=count, next_action=note))
                 return False

@@ -8,6 +8,8 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from controller.core.junit import summary
+from controller.core.work import TaskResult
+from controller.workflows.finish import _junit
 
 LAUGHS = (
     b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "ha">'
@@ -79,3 +81,17 @@ def test_deep_nesting_is_no_trouble() -> None:
 def test_garbage_never_raises(report: bytes) -> None:
     found = summary(report)
     assert found is None or found.keys() == {"tests", "failures"}
+
+
+def test_law_13_however_many_tests_reports_claim_the_sum_fits_the_status() -> None:
+    """The API server refuses a status whose int32 is larger, and then nobody is told how the run ended."""
+    suites = "<testsuite tests='9999999' failures='9999999' errors='9999999'/>" * 1000
+    one = summary(f"<testsuites>{suites}</testsuites>".encode())
+    assert one is not None
+    results = [
+        TaskResult(
+            task_id="t", task_key="k", status="succeeded", err_code=None, attempt=1, exit=0, wall_ms=1, junit=one
+        )
+    ] * 3
+    for found in (one, _junit(results)):
+        assert found == {"tests": 2**31 - 1, "failures": 2**31 - 1}

@@ -48,6 +48,15 @@ def test_names_that_people_cannot_read_are_left_out(tmp_path: Path, name: str) -
     assert found.remarks[0].isprintable() and found.remarks[0].isascii()
 
 
+def test_the_names_of_what_the_command_prints_are_not_a_tasks_to_take(tmp_path: Path) -> None:
+    for name in ("stdout.txt", "stderr.txt", "a/stdout.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = choose(tmp_path, caps=CAPS)
+    assert found.paths == ("a/stdout.txt",) and len(found.remarks) == 2
+    assert "left out: its name is that of what the command printed" in found.remarks[0]
+
+
 def test_only_regular_files_that_were_asked_for_are_taken() -> None:
     link = tarfile.TarInfo("wanted")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/shadow"

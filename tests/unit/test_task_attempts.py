@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 
 from controller.core.contract import ErrCode
+from controller.core.model import Artifact, Chunk
 from controller.core.phases import Status
 from controller.core.work import Attempt, Outcome
 from controller.workflows.parts import Parts
@@ -15,6 +18,7 @@ from controller.workflows.room import Room
 from controller.workflows.task import try_once
 from tests.support.builders import request, response
 
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ATTEMPT = Attempt(run_id="r", run_status=Status.RUNNING, task_key="k", attempt=1, fence=7, request=request(files_in=()))
 NEXT = replace(ATTEMPT, attempt=2, fence=8)
 
@@ -25,7 +29,11 @@ class World:
 
     code: ErrCode = ErrCode.NONE
     said: list[Any] = field(default_factory=list)
+    left: tuple[Artifact, ...] = ()
+    kept: list[Artifact] = field(default_factory=list)
+    junit: Mapping[str, int] | None = None
     room: Room = field(default_factory=Room)
+    canceled: frozenset[str] = frozenset()
     store_id: str = "s"
     name: str = "mock"
 
@@ -43,11 +51,15 @@ class World:
 
     def record_outcome(self, attempt: Attempt, outcome: Outcome, *, workflow_id: str, carry: bool) -> Attempt:
         self.said.append(("outcome", outcome.response.err_code, outcome.response.stderr))
+        self.kept += outcome.artifacts
+        self.junit = outcome.junit
         return replace(attempt, fence=None)
 
-    def run(self, asked: Any, **_: Any) -> Any:
+    def run(self, asked: Any, *, emit: Any, **_: Any) -> Any:
         self.said.append("run")
-        return response(self.code), ()
+        if self.left:
+            emit(Chunk(kind="stdout", data=b"said"))
+        return response(self.code), self.left
 
     def wait(self, fence: int) -> float:
         return 0.0
@@ -63,7 +75,10 @@ class World:
         return 0.5
 
     def canceled_runs(self) -> frozenset[str]:
-        return frozenset()
+        return self.canceled
+
+    def now(self) -> datetime:
+        return NOW
 
     def observe(self, what: str, outcome: str, seconds: float) -> None: ...
 
@@ -106,3 +121,35 @@ def test_after_three_interruptions_alone_it_is_lost_and_not_run() -> None:
     why = "its worker died 3 times while no other task ran on it, and 3 times before that beside others"
     assert said == [("outcome", ErrCode.LOST, why)]
     assert after(ErrCode.NONE, interruptions=3, interruptions_alone=2)[1] == "run"
+
+
+def test_law_13_no_file_of_a_task_takes_the_place_of_what_it_printed() -> None:
+    """The store keeps the first artifact of a name."""
+    files = tuple(Artifact(name=name, kind="file", content=b"forged") for name in ("stdout.txt", "stderr.txt", "a.txt"))
+    world = World(left=files)
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    first = {a.name: a.content for a in reversed(world.kept)}
+    assert first["stdout.txt"] == b"said" and first["a.txt"] == b"forged"
+
+
+def test_what_begins_after_the_runs_time_is_not_run() -> None:
+    world = World()
+    try_once(cast("Parts", world), replace(ATTEMPT, deadline=NOW), "w", 1.0)
+    assert [one[:2] for one in world.said] == [("outcome", ErrCode.TIMEOUT)]
+    world = World()
+    try_once(cast("Parts", world), replace(ATTEMPT, deadline=NOW + timedelta(seconds=1)), "w", 1.0)
+    assert world.said[0] == "run"
+
+
+def test_what_begins_in_a_run_that_is_being_canceled_is_not_run() -> None:
+    world = World(canceled=frozenset({"r"}))
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    assert world.said == [("begin", None)]
+
+
+def test_all_reports_of_a_task_are_counted_and_a_broken_one_hides_none() -> None:
+    reports = (b"no report", b"<testsuite tests='3' failures='1'/>", b"<testsuite tests='2' errors='1'/>")
+    left = tuple(Artifact(name=f"{n}/junit.xml", kind="junit", content=report) for n, report in enumerate(reports))
+    world = World(left=left)
+    try_once(cast("Parts", world), ATTEMPT, "w", 1.0)
+    assert world.junit == {"tests": 5, "failures": 2}

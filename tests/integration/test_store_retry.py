@@ -1,0 +1,63 @@
+"""What a retry meets that did not end as it should: a refused execution, a coordinator that has not come yet. In PostgreSQL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controller.core.contract import ErrCode
+from controller.core.phases import Event, Stage, Status
+from tests.integration.test_store_contract import (  # noqa: F401
+    InPostgres,
+    Window,
+    at,
+    drained,
+    now,
+    pg,
+    pool,
+    window,
+)
+from tests.support.builders import vote
+
+
+def retried(pg: InPostgres) -> Window:  # noqa: F811
+    """Infrastructure failed both tasks, and the retry's ExecutePlanWF has not run yet."""
+    at_ = window(pg, 2)
+    drained(at_, lambda _: ErrCode.LOST)
+    pg.finish(at_.run.intent_id, Event.EXCEED, "InfrastructureFailed")
+    assert pg.store.retry(now(pg, at_.run.intent_id), count=1)
+    return at_
+
+
+def test_what_a_refused_execution_did_not_run_is_not_run_under_the_next_plan(pg: InPostgres) -> None:  # noqa: F811
+    at_ = retried(pg)
+    uid = at_.run.intent_id
+    assert pg.work.refuse_execution(pg.ctx(uid), error="the template changed; plan again")
+    assert at_.counts() == {"failed": 2}, "nothing waits in a run that has ended"
+    assert {str(r.err_code) for r in pg.work.results(at_.run.run_id, 1)} == {"SKIPPED"}
+    assert pg.store.retry(now(pg, uid), count=2)
+    pg.plan_ready(uid)
+    run = now(pg, uid)
+    assert pg.store.record_approval_object(run, name=str(run.approval_name), uid=f"object-2-{uid}")
+    assert pg.store.approve(now(pg, uid), [vote()])
+    assert at(now(pg, uid)) == (Status.RUNNING, Stage.EXECUTE) and now(pg, uid).plan_no == 2
+    again = Window(pg, now(pg, uid), pg.execution(uid, 1))
+    assert pg.work.begin_execution(again.execution)
+    assert [t.request.generation for t in again.execution.tasks] == [2]
+    generations = (
+        "SELECT generation FROM app.sbx_runs WHERE run_id = %s AND status = 'queued' AND workflow_id IS NOT NULL"
+    )
+    assert pg.rows(generations, at_.run.run_id) == [(2,)], "only what was approved"
+    assert drained(again) == ["t0"] and ":finish:3" in again.enqueued("finish")
+
+
+def test_the_sweeper_begins_no_task_of_a_retry_before_its_bytes_were_checked_again(pg: InPostgres) -> None:  # noqa: F811
+    at_ = retried(pg)
+    uid = at_.run.intent_id
+    with pg.pool.connection() as c:  # a worker that is late by more than two seconds
+        c.execute("ALTER TABLE app.runs DISABLE TRIGGER run_touch")
+        c.execute("UPDATE app.runs SET updated_at = updated_at - interval '1 hour' WHERE id = %s", (at_.run.run_id,))
+        c.execute("ALTER TABLE app.runs ENABLE TRIGGER run_touch")
+    pg.leases.sweep(lambda _: None)
+    assert [i for i in at_.enqueued("task") if i.startswith(":task:2:")] == [], "ExecutePlanWF has not looked yet"
+    assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
+    assert drained(at_) == ["t0", "t1"] and now(pg, uid).stage is Stage.FINISH
