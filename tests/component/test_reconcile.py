@@ -91,6 +91,7 @@ class World:
             clock=self.clock,
             reporter="test",
             allow_loopback_http=False,
+            private_repositories=False,
             add_later=add_later,
             observe=self.metrics.__setitem__,
         )
