@@ -159,7 +159,8 @@ class Reconciler:
                 return await self._write_approval_status(world, action)
             case plan.AddFinalizer() | plan.RemoveFinalizer():
                 await self._finalizer(world, present=isinstance(action, plan.AddFinalizer))
-                return False
+                # A run that begins again waits for it, and the watch's echo of our own write is no news.
+                return isinstance(action, plan.AddFinalizer) and world.run is not None
             case plan.CreateApproval():
                 return await self._create_approval(world)
             case _:
