@@ -150,6 +150,9 @@ class Settings(BaseModel):
         Path("/var/lib/sisu-kodo/git"), alias="WORKSPACE_ROOT", description="cache of bare clones"
     )
     workspace_loopback_http: bool = Field(False, alias="WORKSPACE_ALLOW_LOOPBACK_HTTP", description="development only")
+    workspace_secrets: bool = Field(
+        False, alias="WORKSPACE_SECRETS", description="private repositories by secretRef; true or false"
+    )
     https_proxy: str = Field("", alias="HTTPS_PROXY", repr=False, description="for git over https")
     no_proxy: str = Field("", alias="NO_PROXY")
     ssl_cert_file: str = Field("", alias="SSL_CERT_FILE", description="CA bundle for git over https")

@@ -27,10 +27,11 @@ from controller.db.pool import Pool, open_pool
 from controller.db.runs import PgRunStore
 from controller.db.work import PgWorkStore
 from controller.gateway import health
+from controller.kube.credentials import KubeCredentials
 from controller.oc.live import LiveAgent
 from controller.oc.record import RecordingAgent
 from controller.oc.replay import ReplayAgent
-from controller.ports import AgentServer, SandboxProvider
+from controller.ports import AgentServer, Credentials, SandboxProvider
 from controller.roles.adapters import Adapters, WorkerAdapters
 from controller.roles.control import Controller
 from controller.roles.opening import Opening
@@ -87,6 +88,7 @@ def _worker(settings: Settings, pool: Pool) -> WorkerAdapters:
         workspace=GitWorkspace(
             settings.workspace_root, allow_loopback_http=settings.workspace_loopback_http, environ=settings.git_environ
         ),
+        credentials=_credentials(settings),
         sandboxes=sandboxes,
         admission=PgAdmission(
             pool=pool,
@@ -98,6 +100,17 @@ def _worker(settings: Settings, pool: Pool) -> WorkerAdapters:
         leases=PgLeaseStore(pool, app_version=settings.app_version),
         ledger=lambda ctx: PgTurnLedger(pool, ctx),
     )
+
+
+def _credentials(settings: Settings) -> Credentials | None:
+    if not settings.workspace_secrets:
+        return None
+    found = KubeCredentials(settings.kubeconfig)
+    try:
+        found.check()
+    except Permanent as e:
+        raise ConfigError(str(e)) from e
+    return found
 
 
 def _agent(settings: Settings) -> AgentServer:

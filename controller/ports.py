@@ -100,6 +100,17 @@ class Workspace(Protocol):
         """The edits as a diff made by git, checked to apply to the commit. Raises InvalidPlan or WorkspaceRefused naming the edit."""
 
 
+class Credentials(Protocol):
+    """What opens private repositories. Asked whenever git is about to talk to one, so that a rotated or revoked Secret counts."""
+
+    def git(self, namespace: str, name: str, url: str) -> str:
+        """`user:password` from the Secret of this namespace, for this URL alone. Never kept, logged or shown.
+
+        Raises InvalidIntent, saying what would be right, where the Secret is missing, may not be read, is of another type, or
+        does not say itself that it may be sent to this URL; Unavailable when later.
+        """
+
+
 class Admission(Protocol):
     """What a sandbox provider lets us do at once. Asked before each create, by all workers."""
 

@@ -34,12 +34,18 @@ CONFIG = {
 
 
 class GitServer:
-    """`with GitServer(folder) as server: clone server.url("demo.git")`. With `token` it wants that as the password of any user."""
+    """`with GitServer(folder) as server: clone server.url("demo.git")`.
 
-    def __init__(self, root: Path, *, port: int = 0, token: str | None = None) -> None:
+    With `token` it wants that as the password of `user`, or of any. `token` may be changed while it serves. `heard` is what
+    clients sent as Authorization, in order.
+    """
+
+    def __init__(self, root: Path, *, port: int = 0, user: str | None = None, token: str | None = None) -> None:
         if shutil.which("git") is None:
             raise DevclusterError("git is not on PATH: install it")
-        handler = type("Handler", (_Handler,), {"root": root, "token": token})
+        self.user, self.token = user, token
+        self.heard: list[str] = []
+        handler = type("Handler", (_Handler,), {"root": root, "owner": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="gitserver", daemon=True)
@@ -73,7 +79,7 @@ class GitServer:
 
 class _Handler(BaseHTTPRequestHandler):
     root: ClassVar[Path]
-    token: ClassVar[str | None]
+    owner: ClassVar[GitServer]
     protocol_version = "HTTP/1.0"  # one request per connection: the end of the answer is the end of the connection
 
     def do_GET(self) -> None:
@@ -100,13 +106,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._backend(parts.path, parts.query)
 
     def _authorized(self) -> bool:
-        if self.token is None:
+        sent = self.headers.get("Authorization")
+        if sent is not None:
+            self.owner.heard.append(sent)
+        if self.owner.token is None:
             return True
-        scheme, _, value = self.headers.get("Authorization", "").partition(" ")
+        scheme, _, value = (sent or "").partition(" ")
         try:
-            return scheme == "Basic" and base64.b64decode(value).decode().partition(":")[2] == self.token
+            user, _, password = base64.b64decode(value).decode().partition(":")
         except ValueError:
             return False
+        return scheme == "Basic" and self.owner.user in (None, user) and password == self.owner.token
 
     def _backend(self, path: str, query: str) -> None:
         body = self._body()

@@ -54,6 +54,7 @@ GIT_URL: Final = (
 GIT_REF: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.+@/-]*$"
 PARTITION_KEY: Final = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
 TEMPLATE: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
+SECRET_NAME: Final = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?([.][a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
 HOST: Final = r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$"
 
 
@@ -148,7 +149,7 @@ class StatusPart(SpecPart):
 class SecretRef(SpecPart):
     """A Secret in the Intent's namespace."""
 
-    name: Name253
+    name: Annotated[Name253, _like(SECRET_NAME, "use the name of a Secret such as forge-token")]
 
 
 class GitWorkspace(SpecPart):

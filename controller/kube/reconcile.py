@@ -46,11 +46,13 @@ class Reconciler:
         clock: Clock,
         reporter: str,
         allow_loopback_http: bool,
+        private_repositories: bool,
         add_later: Callable[[str, float], None],
         observe: Callable[[str, float], None],
     ) -> None:
         self._cluster, self._store, self._cache, self._gate, self._policies = cluster, store, cache, gate, policies
-        self._clock, self._reporter, self._loopback = clock, reporter, allow_loopback_http
+        self._clock, self._reporter = clock, reporter
+        self._repositories = {"allow_loopback_http": allow_loopback_http, "private_repositories": private_repositories}
         self._add_later, self._observe_metric = add_later, observe
         self._store_id: str | None = None
         self._pace = Pace(clock)
@@ -98,9 +100,7 @@ class Reconciler:
     def _settings(self, intent: Intent) -> tuple[Settings | None, str | None]:
         try:
             policy = self._policies.of(intent.namespace)
-            return spec.check(
-                intent.spec, namespace=intent.namespace, policy=policy, allow_loopback_http=self._loopback
-            ), None
+            return spec.check(intent.spec, namespace=intent.namespace, policy=policy, **self._repositories), None
         except Permanent as e:
             return None, str(e)
 
@@ -159,7 +159,8 @@ class Reconciler:
                 return await self._write_approval_status(world, action)
             case plan.AddFinalizer() | plan.RemoveFinalizer():
                 await self._finalizer(world, present=isinstance(action, plan.AddFinalizer))
-                return False
+                # A run that begins again waits for it, and the watch's echo of our own write is no news.
+                return isinstance(action, plan.AddFinalizer) and world.run is not None
             case plan.CreateApproval():
                 return await self._create_approval(world)
             case _:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from controller.core import binding
 from controller.core.digest import canonical
 from controller.core.errors import InvalidIntent
 from controller.core.settings import Policy, Settings, effective
@@ -19,7 +20,9 @@ MAX_GOAL_BYTES = 8 * 1024
 MAX_DEPTH = 32
 
 
-def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool) -> Settings:
+def check(
+    spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loopback_http: bool, private_repositories: bool
+) -> Settings:
     """The run's effective settings. Raises InvalidIntent naming the field and what would be right."""
     _not_too_deep(spec)
     try:
@@ -38,16 +41,22 @@ def check(spec: Mapping[str, Any], *, namespace: str, policy: Policy, allow_loop
         size = len(json.dumps(spec.get(field, {}), ensure_ascii=False).encode())
         if size > MAX_FREE_JSON_BYTES:
             raise InvalidIntent(f"spec.{field}", f"{size} bytes of JSON; at most {MAX_FREE_JSON_BYTES} are possible")
-    git = (spec.get("workspace") or {}).get("git") or {}
-    if git.get("secretRef"):
-        raise InvalidIntent(
-            "spec.workspace.git.secretRef", "private repositories are not supported yet; use a public one"
-        )
+    _repository((spec.get("workspace") or {}).get("git") or {}, allow_loopback_http, private_repositories)
+    return effective(spec, namespace=namespace, policy=policy)
+
+
+def _repository(git: Mapping[str, Any], allow_loopback_http: bool, private: bool) -> None:
+    if git.get("secretRef") and not private:
+        raise InvalidIntent(binding.FIELD, binding.NOT_ENABLED)
     if str(git.get("url", "https:")).startswith("http:") and not allow_loopback_http:
         raise InvalidIntent(
             "spec.workspace.git.url", "must be https://; http to loopback is a development setting of the controller"
         )
-    return effective(spec, namespace=namespace, policy=policy)
+    if git.get("secretRef"):
+        try:
+            binding.place(str(git["url"]))
+        except ValueError as e:
+            raise InvalidIntent("spec.workspace.git.url", f"credentials are not sent there: {e}") from e
 
 
 def _not_too_deep(spec: Mapping[str, Any]) -> None:

@@ -10,17 +10,31 @@ from kubernetes.aio.client import ApiClient
 from controller.core.work import Context
 from controller.db.pool import Pool
 from controller.kube.client import KubeCluster
-from controller.ports import Admission, AgentServer, Clock, LeaseStore, RunStore, SandboxProvider, Workspace, WorkStore
+from controller.ports import (
+    Admission,
+    AgentServer,
+    Clock,
+    Credentials,
+    LeaseStore,
+    RunStore,
+    SandboxProvider,
+    Workspace,
+    WorkStore,
+)
 from controller.workflows.compile import TurnLedger
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerAdapters:
-    """What only a worker needs. `executor` is this process incarnation, never reused."""
+    """What only a worker needs. `executor` is this process incarnation, never reused.
+
+    `credentials` is None where private repositories are not enabled.
+    """
 
     executor: str
     agent: AgentServer
     workspace: Workspace
+    credentials: Credentials | None
     sandboxes: SandboxProvider
     admission: Admission
     store: WorkStore

@@ -147,6 +147,7 @@ class Controller:
                 clock=self._clock,
                 reporter=s.pod_name,
                 allow_loopback_http=s.workspace_loopback_http,
+                private_repositories=s.workspace_secrets,
                 add_later=add_later,
                 observe=_observe_kube,
             ),

@@ -68,6 +68,7 @@ class Worker:
                 ledger=adapters.ledger,
                 agent=adapters.agent,
                 workspace=adapters.workspace,
+                credentials=adapters.credentials,
                 sandboxes=adapters.sandboxes,
                 admission=adapters.admission,
                 clock=clock,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from controller.core.work import Context
-from controller.ports import Admission, AgentServer, Clock, SandboxProvider, Workspace, WorkStore
+from controller.ports import Admission, AgentServer, Clock, Credentials, SandboxProvider, Workspace, WorkStore
 from controller.workflows.compile import TurnLedger
 from controller.workflows.room import Room
 
@@ -16,7 +16,7 @@ class Parts:
     """Everything outside.
 
     `blob` reads by hash through a small cache; `jitter` is in [0, 1), seeded. `fence_off` ends the process at once: a zombie
-    must not go on.
+    must not go on. `credentials` is None where private repositories are not enabled.
     """
 
     store: WorkStore
@@ -24,6 +24,7 @@ class Parts:
     ledger: Callable[[Context], TurnLedger]
     agent: AgentServer
     workspace: Workspace
+    credentials: Credentials | None
     sandboxes: SandboxProvider
     admission: Admission
     clock: Clock

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from controller.core import binding
 from controller.core import digest as digests
 from controller.core.approval import PART_BYTES
 from controller.core.contract import PlanOutput
-from controller.core.errors import InvalidPlan
+from controller.core.errors import InvalidIntent, InvalidPlan
 from controller.core.model import Artifact, GitSource, Patch, TurnReply, TurnRequest
 from controller.core.prompt import PROMPT_VERSION
 from controller.core.visible import visible
@@ -58,12 +59,12 @@ def compile_st(me: Parts, ctx: Context, known: Outputs) -> Mapping[str, Any]:
     """Resolve the commit, keep its snapshot, and have OpenCode compile the plan."""
 
     def action() -> Tracked:
-        source = git_source(ctx)
+        source = git_source(me, ctx)
         commit = me.workspace.resolve(source)
         snapshot = me.workspace.snapshot(source, commit)
         me.store.put_blob(snapshot.archive)
         compiled = compile_plan(
-            brief(ctx, commit),
+            brief(ctx, commit, source),
             agent=_Canceling(me, ctx),
             workspace=me.workspace,
             ledger=me.ledger(ctx),
@@ -105,13 +106,13 @@ def apply_patch_st(me: Parts, ctx: Context, known: Outputs, compiled: Mapping[st
 
 
 def _patched(me: Parts, ctx: Context, commit: str, plan: PlanOutput) -> tuple[PlanOutput, Patch]:
-    source = git_source(ctx)
+    source = git_source(me, ctx)
     try:
         return plan, me.workspace.diff(source, commit, plan.edits)
     except InvalidPlan as e:
         log.info("edits do not apply", extra={"run": ctx.run_id, "error": str(e)})
         again: Compiled = repair_plan(
-            brief(ctx, commit),
+            brief(ctx, commit, source),
             failed=plan,
             error=str(e),
             agent=_Canceling(me, ctx),
@@ -184,7 +185,7 @@ def execution(me: Parts, ctx: Context, compiled: Mapping[str, Any]) -> dict[str,
             "timeoutSeconds": s.timeout_seconds,
         },
         "onFailure": s.on_failure,
-        "secrets": [],
+        "secrets": [name] if (name := secret_name(ctx)) else [],
         "policySha256": s.policy_sha256,
         "compilerVersion": digests.COMPILER_VERSION,
         "promptVersion": PROMPT_VERSION,
@@ -205,18 +206,34 @@ def plain(plan: PlanOutput) -> dict[str, Any]:
     return plan.model_dump(mode="json", by_alias=True)
 
 
-def git_source(ctx: Context) -> GitSource | None:
-    """Where the repository is; None for an Intent without one."""
-    return None if ctx.workspace is None else GitSource(url=ctx.workspace["url"], ref=ctx.workspace.get("ref", "HEAD"))
+def git_source(me: Parts, ctx: Context) -> GitSource | None:
+    """Where the repository is; None for an Intent without one. Reads the Secret: once for each step that runs, and keeps it nowhere.
+
+    Also where git has everything already: who lost the right to a repository gets no plan from a clone of it.
+    """
+    if ctx.workspace is None:
+        return None
+    url, token = ctx.workspace["url"], None
+    if (name := secret_name(ctx)) is not None:
+        if me.credentials is None:
+            raise InvalidIntent(binding.FIELD, binding.NOT_ENABLED)
+        token = me.credentials.git(ctx.namespace, name, url)
+    return GitSource(url=url, ref=ctx.workspace.get("ref", "HEAD"), token=token)
 
 
-def brief(ctx: Context, commit: str) -> Brief:
+def secret_name(ctx: Context) -> str | None:
+    """The Secret that opens the repository, in the Intent's namespace."""
+    ref = (ctx.workspace or {}).get("secretRef")
+    return str(ref["name"]) if ref else None
+
+
+def brief(ctx: Context, commit: str, source: GitSource | None) -> Brief:
     """What the model is asked."""
     return Brief(
         goal=ctx.goal,
         inputs=ctx.inputs,
         constraints=ctx.constraints,
-        source=git_source(ctx),
+        source=source,
         commit=commit,
         max_tasks=ctx.settings.max_tasks,
         feedback=ctx.feedback,

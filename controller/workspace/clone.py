@@ -30,6 +30,7 @@ _REFUSED = re.compile(
     r"|unadvertised object|does not appear to be a git repository|transport '.*' not allowed|redirect|fsck|bad object",
     re.IGNORECASE,
 )
+_UNOPENED = re.compile(r"could not read (Username|Password)|Authentication failed")
 _LOCK_POLL = 0.02
 _MAX_REFS_OUTPUT = 65_536
 
@@ -167,7 +168,9 @@ def remote(ran: Ran, source: GitSource) -> Ran:
     """
     if ran.code == 0 and not ran.cut:
         return ran
-    said = visible(ran.err)[-300:] or f"exit {ran.code}"
+    said = visible(sources.quotable(ran.err, source))[-300:] or f"exit {ran.code}"
+    if source.token and _UNOPENED.search(ran.err):
+        raise WorkspaceRefused(f"{source.url}: the server does not take the credentials of secretRef: {said}")
     if ran.cut or _REFUSED.search(ran.err):
         raise WorkspaceRefused(f"{source.url}: {said}")
     raise Unavailable(f"{source.url}: {said}")

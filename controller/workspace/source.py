@@ -64,6 +64,24 @@ def config_of(source: GitSource) -> Mapping[str, str]:
     if urlsplit(source.url).scheme == "http":
         config |= {"protocol.http.allow": "always", "http.proxy": ""}
     if source.token:
-        pair = source.token if ":" in source.token else f"x-access-token:{source.token}"
-        config["http.extraHeader"] = "Authorization: Basic " + base64.b64encode(pair.encode()).decode()
+        # For this repository alone, wherever git may be led.
+        config[f"http.{source.url}.extraHeader"] = f"Authorization: Basic {_basic(source.token)}"
     return config
+
+
+def _basic(token: str) -> str:
+    pair = token if ":" in token else f"x-access-token:{token}"
+    return base64.b64encode(pair.encode()).decode()
+
+
+def quotable(said: str, source: GitSource) -> str:
+    """What git said, as far as people may see it: a server can send back what it was sent, and git shows its text."""
+    if not source.token:
+        return said
+    ours = "\n".join(line for line in said.splitlines() if not line.startswith("remote:"))
+    joined = "".join(ours.split())
+    password = source.token.partition(":")[2] or source.token
+    forms = ("".join(password.split()), _basic(source.token).rstrip("="))
+    if any(form and form in joined for form in forms):
+        return "the server sends back the credentials that it was sent; its answer is not shown"
+    return ours

@@ -91,6 +91,7 @@ class World:
             clock=self.clock,
             reporter="test",
             allow_loopback_http=False,
+            private_repositories=False,
             add_later=add_later,
             observe=self.metrics.__setitem__,
         )
@@ -206,6 +207,18 @@ async def test_a_vote_starts_the_execution_and_its_end_is_told(world: World) -> 
     assert world.cluster.get("intents", "fix-median")["metadata"]["finalizers"] == []
     assert world.events() == ["ApprovedBy", "PlanReady", "Succeeded"]
     assert world.metrics["identity_enforced"] == 1.0
+
+
+async def test_a_retry_needs_one_look_however_late_the_watch_tells_of_our_own_writes(world: World) -> None:
+    """The finalizer and the status are written before the retry is decided; their echoes come when the cache has them."""
+    uid = await world.waiting()
+    world.cluster.vote(world.approval(uid)["metadata"]["name"], verdict="Reject")
+    await world.settle(uid)
+    assert world.cluster.get("intents", "fix-median")["metadata"]["finalizers"] == []
+    world.cluster.apply(retry=1)
+    world.blind = True
+    await world.reconciler.reconcile(uid)
+    assert world.run(uid).status is Status.REPAIRING
 
 
 async def test_a_rejection_ends_the_run_and_a_retry_plans_anew(world: World) -> None:

@@ -83,6 +83,19 @@ CASES = {
     "pods in one": Case(files=("pods",), sets=("controller.split=false", "sandbox.kubernetes.createNamespace=false")),
     "pods without controller": Case(files=(), sets=("controller.enabled=false", "sandbox.provider=kubernetes")),
 }
+CASES |= {
+    "private": Case(files=("private",)),
+    "private in one": Case(files=("private",), sets=("controller.split=false",)),
+    "private without grants": Case(sets=("privateRepositories.enabled=true",)),
+    "private without controller": Case(
+        files=(),
+        sets=(
+            "controller.enabled=false",
+            "privateRepositories.enabled=true",
+            "privateRepositories.secrets.team={forge}",
+        ),
+    ),
+}
 every_case = pytest.mark.parametrize("name", CASES)
 running_cases = pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("without controller")])
 
@@ -160,6 +173,11 @@ def test_the_package_is_whole_and_holds_no_tests(tmp_path: Path) -> None:
         (("sandbox.kubernetes.templates=python=python:3.12",), "at '/sandbox/kubernetes/templates'"),
         (("sandbox.kubernetes.tolerations={pool}",), "at '/sandbox/kubernetes/tolerations/0'"),
         (("sandbox.mode=live", *PODS, f"sandbox.kubernetes.namespace={SYSTEM}"), "is the release's own"),
+        (("privateRepositories.secrets.team={}",), "at '/privateRepositories/secrets/team/0'"),
+        (("privateRepositories.secrets.team=forge",), "at '/privateRepositories/secrets/team': got string, want array"),
+        (("privateRepositories.secrets.team={*}",), "at '/privateRepositories/secrets/team/0'"),
+        (("privateRepositories.secrets.kube_system={a}",), "invalid propertyName 'kube_system'"),
+        (("privateRepositories.enable=true",), "additional properties 'enable' not allowed"),
         (("surprise=1",), "additional properties 'surprise' not allowed"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -383,6 +401,58 @@ def test_every_setting_of_pods_arrives() -> None:
     assert [one["key"] for one in worker.kubernetes_tolerations] == ["pool", "spot"]
     assert worker.sbx_kubernetes_boot_seconds == 60
     assert controller.kubernetes_templates == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "account", "granted"),
+    [
+        ("private", "sisu-kodo-worker", {"payments": ["forge-payments", "forge.mirror"], "tools": ["forge"]}),
+        (
+            "private in one",
+            "sisu-kodo-controller",
+            {"payments": ["forge-payments", "forge.mirror"], "tools": ["forge"]},
+        ),
+        ("private without grants", "sisu-kodo-controller", {}),
+        ("private without controller", "sisu-kodo-controller", {"team": ["forge"]}),
+        ("split", "sisu-kodo-worker", {}),
+        ("default", "sisu-kodo-controller", {}),
+    ],
+)
+def test_who_plans_may_get_the_secrets_that_are_named_and_no_others(
+    name: str, account: str, granted: dict[str, list[str]]
+) -> None:
+    objects = rendered(name)
+    roles = [one for one in objects if "secrets" in str(one.get("rules", ""))]
+    assert {one["kind"] for one in roles} <= {"Role"}, "never in the whole cluster"
+    assert {one["metadata"]["namespace"]: one["rules"] for one in roles} == {
+        namespace: [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": names, "verbs": ["get"]}]
+        for namespace, names in granted.items()
+    }
+    bindings = find(objects, "RoleBinding", "sisu-kodo-git")
+    assert {one["metadata"]["namespace"] for one in bindings} == set(granted)
+    for one in bindings:
+        assert one["roleRef"]["kind"] == "Role" and one["roleRef"]["name"] == "sisu-kodo-git"
+        assert one["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": SYSTEM}]
+    for owner, pod in pods(objects).items():
+        settings = {} if owner == "sisu-kodo-migrate" else _environment(pod["spec"]["containers"][0])
+        assert settings.get("WORKSPACE_SECRETS") == ("true" if settings and name.startswith("private") else None)
+        enabled = owner == "sisu-kodo-controller" or (owner == "sisu-kodo-worker" and name == "private")
+        assert pod["spec"]["automountServiceAccountToken"] is enabled
+
+
+def test_an_empty_list_of_secrets_never_means_all_of_them() -> None:
+    """A rule without names is one for every Secret: the schema refuses it, and the template renders no rule."""
+    flags = ("--set", "privateRepositories.enabled=true", "--set-json", 'privateRepositories.secrets={"team":[]}')
+    render: tuple[str | Path, ...] = ("template", "x", CHART, "-n", SYSTEM, *FLAGS, *Case().flags, *flags)
+    done = helm(*render, check=False)
+    assert done.returncode != 0 and "at '/privateRepositories/secrets/team': minItems" in done.stderr
+    objects = [one for one in yaml.safe_load_all(helm(*render, "--skip-schema-validation").stdout) if one]
+    assert [one for one in objects if "secrets" in str(one.get("rules", ""))] == []
+
+
+def test_secrets_without_the_switch_are_not_granted() -> None:
+    case = Case(sets=("privateRepositories.secrets.team={forge}",))
+    assert find([one for one in yaml.safe_load_all(_rendered(case)) if one], "Role", "sisu-kodo-git") == []
 
 
 def test_names_follow_namespace_and_account() -> None:

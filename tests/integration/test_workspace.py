@@ -5,6 +5,7 @@ The contract tests run against the twin in memory as well.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,79 @@ def test_the_token_opens_its_own_clone_only_and_is_never_told(tmp_path: Path, re
             assert "s3cret" not in f"{one.value} {other.value}"
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"s3cret" not in kept and b"czNjcmV0" not in kept
+
+
+def test_a_clone_is_opened_by_its_own_url_and_credentials_only(tmp_path: Path, repositories: Path) -> None:
+    """Another namespace that knows URL and commit, and a worker that has the clone already: still nothing without the Secret."""
+    workspace = GitWorkspace(tmp_path, allow_loopback_http=True)
+    with GitServer(repositories, user="reader", token="s3cret-token") as private:
+        ours = GitSource(url=private.url("demo.git"), ref="main", token="reader:s3cret-token")
+        commit = workspace.resolve(ours)
+        assert "README.md" in workspace.map(ours, commit, max_bytes=999)
+        for token in (None, "s3cret-token", "Reader:s3cret-token", "reader:other"):
+            theirs = GitSource(url=ours.url, ref=commit, token=token)
+            for look in (
+                lambda one=theirs: workspace.resolve(one),
+                lambda one=theirs: workspace.snapshot(one, commit),
+                lambda one=theirs: workspace.read(one, commit, "README.md", max_bytes=99),
+                lambda one=theirs: workspace.diff(one, commit, edits(write("a", "b"))),
+            ):
+                with pytest.raises(WorkspaceRefused, match="could not read Username") as refused:
+                    look()
+                assert ("secretRef" in str(refused.value)) == (token is not None)
+                assert "s3cret" not in str(refused.value)
+        private.token = "rotated-token"
+        assert "README.md" in workspace.map(ours, commit, max_bytes=999), "objects do not change"
+        with pytest.raises(WorkspaceRefused):
+            workspace.resolve(ours)
+        fresh = GitSource(url=ours.url, ref="main", token="reader:rotated-token")
+        assert workspace.resolve(fresh) == commit
+
+
+class _Echo(BaseHTTPRequestHandler):
+    """A server that tells everybody what it was sent, in plain text, which git shows."""
+
+    line = "you sent {0}"
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Type", "text/plain")
+        self.end_headers()
+        sent = self.headers.get("Authorization", "")
+        password = base64.b64decode(sent.partition(" ")[2]).decode().partition(":")[2]
+        self.wfile.write(self.line.format(sent, password).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+class _Chatty(_Echo):
+    """Speaks git's protocol just enough to put its own words behind `fatal: remote error:`."""
+
+    def do_GET(self) -> None:
+        sent = self.headers.get("Authorization", "").partition(" ")[2]
+        text = f"ERR no entry for {sent[:10]}\n{sent[10:]}".encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-git-upload-pack-advertisement")
+        self.end_headers()
+        self.wfile.write(b"001e# service=git-upload-pack\n0000%04x" % (len(text) + 4) + text)
+
+
+@pytest.mark.parametrize("kind", [_Echo, _Chatty])
+def test_a_server_that_sends_the_credentials_back_is_not_quoted(tmp_path: Path, kind: type[_Echo]) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/x.git"
+        workspace = GitWorkspace(tmp_path, allow_loopback_http=True)
+        with pytest.raises((WorkspaceRefused, Unavailable)) as refused:
+            workspace.resolve(GitSource(url=url, ref="main", token="reader:s3cret-token"))
+        said = str(refused.value)
+        assert "s3cret" not in said and base64.b64encode(b"reader:s3cret-token").decode()[:12] not in said
+        assert ("403" in said) == (kind is _Echo) and ("sends back" in said) == (kind is _Chatty), said
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_many_threads_and_instances_share_one_cache(tmp_path: Path, demo: GitSource) -> None:

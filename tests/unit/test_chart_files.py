@@ -209,6 +209,11 @@ def test_who_runs_tasks_reaches_pods_only() -> None:
     }
 
 
+def test_nobody_reads_secrets_but_who_plans() -> None:
+    assert {who: sorted(verbs(who, "secrets")) for who in RBAC if verbs(who, "secrets")} == {"gitSecrets": ["get"]}
+    assert "gitSecrets" not in (CHART / "templates" / "rbac.yaml").read_text(), "never by a ClusterRole"
+
+
 def test_only_approvers_approve() -> None:
     assert [who for who in RBAC if "approve" in verbs(who, "planapprovals")] == ["approver"]
     assert not any(verbs("viewer", row["resource"]) & WRITES for row in RBAC["viewer"])

@@ -132,7 +132,9 @@ def test_the_object_stays_under_64_kib_when_everything_is_as_long_as_it_may_be(l
     diff = (letter * ((approvals.INLINE_BYTES - 8) // width)).encode()
     goal = letter * 8192
     try:
-        spec.check({"goal": goal}, namespace="team", policy=POLICY, allow_loopback_http=False)
+        spec.check(
+            {"goal": goal}, namespace="team", policy=POLICY, allow_loopback_http=False, private_repositories=False
+        )
     except InvalidIntent:
         goal = letter * (8192 // width)
     expected = shown(planned_run(plan_json=long, diff=diff, goal=goal), diff)

@@ -58,6 +58,7 @@ def test_a_missing_variable_is_named(name: str, how: str) -> None:
         ("SBX_QUEUE_WORKER_CONCURRENCY", "1000", "256"),
         ("RESYNC_SECONDS", "0", "1"),
         ("WORKSPACE_ALLOW_LOOPBACK_HTTP", "perhaps", "boolean"),
+        ("WORKSPACE_SECRETS", "sometimes", "boolean"),
         ("LOG_FORMAT", "xml", "json"),
         ("LOG_LEVEL", "LOUD", "DEBUG"),
     ],

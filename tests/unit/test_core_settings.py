@@ -38,6 +38,7 @@ def of(spec_: dict[str, Any], policy: Policy = POLICY) -> Settings:
 
 def check(spec_: dict[str, Any], **changes: Any) -> Settings:
     given: dict[str, Any] = {"namespace": "team", "policy": POLICY, "allow_loopback_http": False, **changes}
+    given.setdefault("private_repositories", False)
     return spec.check({"goal": "g", **spec_}, **given)
 
 
@@ -171,6 +172,34 @@ def test_a_goal_with_hidden_characters_is_refused_because_people_could_not_read_
 def test_http_to_loopback_is_a_development_setting() -> None:
     wanted = {"workspace": {"git": {"url": "http://127.0.0.1:8080/x"}}}
     assert check(wanted, allow_loopback_http=True).template == "python"
+
+
+def private(url: str = "https://host/org/x", name: str = "forge-token") -> dict[str, Any]:
+    return {"workspace": {"git": {"url": url, "secretRef": {"name": name}}}}
+
+
+def test_private_repositories_are_refused_where_the_installation_does_not_have_them() -> None:
+    with pytest.raises(InvalidIntent, match=r"not enabled in this installation.*WORKSPACE_SECRETS") as refused:
+        check(private())
+    assert refused.value.field == "spec.workspace.git.secretRef"
+    assert check(private(), private_repositories=True) == check({})
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/a/../b", "https://host/a//b", "https://host/%2e%2e/b", "https://host/a;b"]
+)
+def test_urls_that_no_secret_may_go_to_are_refused_at_once(url: str) -> None:
+    with pytest.raises(InvalidIntent) as refused:
+        check(private(url), private_repositories=True)
+    assert refused.value.field == "spec.workspace.git.url" and "credentials are not sent" in str(refused.value)
+    assert check({"workspace": {"git": {"url": url}}}) == check({}), "without a Secret they are the server's business"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "A", "a_b", "-a", "a.", "a..b", "a\n", "a%2fb", ""])
+def test_what_is_no_name_of_a_secret_is_refused(name: str) -> None:
+    with pytest.raises(InvalidIntent) as refused:
+        check(private(name=name), private_repositories=True)
+    assert refused.value.field == "spec.workspace.git.secretRef.name"
 
 
 # ------------------------------------------------------------------ quantities

@@ -87,6 +87,9 @@ capabilities: {drop: [ALL]}
 - name: POD_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
 - {name: WORKSPACE_ROOT, value: /var/lib/sisu-kodo/git}
+{{- if $v.privateRepositories.enabled }}
+- {name: WORKSPACE_SECRETS, value: "true"}
+{{- end }}
 - {name: LEASE_TTL_SECONDS, value: {{ $c.leaseTtlSeconds | quote }}}
 - {name: RESYNC_SECONDS, value: {{ $c.resyncSeconds | quote }}}
 - {name: QUEUE_POLL_SECONDS, value: {{ $c.queues.pollSeconds | quote }}}
