@@ -15,6 +15,8 @@ REGULAR = ("100644", "100755")
 SYMLINK = "120000"
 SUBMODULE = "160000"
 MAX_HOPS = 40  # as the kernel's limit of links in one path
+MAX_PATH = 4095  # bytes; the kernel takes no longer one, so neither could whoever unpacks it
+MAX_STEPS = 5_000_000  # of following all links of one tree: well over 100 for each of the 20,000 files that a tree may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ def fault(path: str) -> str | None:
         return "leads into .git"
     if any(len(part.encode()) > 255 for part in parts):
         return "has a component longer than 255 bytes"
+    if len(path.encode()) > MAX_PATH:
+        return f"is longer than {MAX_PATH} bytes"
     return None
 
 
@@ -91,8 +95,9 @@ def check(entries: Iterable[Entry], *, target: Callable[[Entry], str]) -> None:
             raise WorkspaceRefused(f"{entry.path}: has mode {entry.mode}, which is neither a file nor a link")
         if (above := covered(entry.path, files)) is not None:
             raise WorkspaceRefused(f"{entry.path}: lies below {above}, which is not a directory")
+    steps = Steps(left=MAX_STEPS)
     for path, text in links.items():
-        if escapes(path, links):
+        if escapes(path, links, steps=steps):
             raise WorkspaceRefused(f"{path}: is a symbolic link to '{visible(text)[:200]}', outside the repository")
 
 
@@ -102,7 +107,20 @@ def covered(path: str, files: Iterable[str] | Mapping[str, object]) -> str | Non
     return next((above for n in range(1, len(parts)) if (above := "/".join(parts[:n])) in files), None)
 
 
-def escapes(link: str, links: Mapping[str, str]) -> bool:
+@dataclass
+class Steps:
+    """What following links may still cost: links of links multiply, and nothing else would end it before hours."""
+
+    left: int
+
+    def take(self, cost: int) -> None:
+        """Raises WorkspaceRefused when nothing is left."""
+        self.left -= cost
+        if self.left < 0:
+            raise WorkspaceRefused("the repository's symbolic links lead through each other too often to be followed")
+
+
+def escapes(link: str, links: Mapping[str, str], *, steps: Steps) -> bool:
     """Whether following `link` can leave the root, through other links of the tree too. Loops do not leave it."""
     at: list[str] = []
     todo = link.split("/")[::-1]
@@ -116,6 +134,7 @@ def escapes(link: str, links: Mapping[str, str]) -> bool:
                 return True
             at.pop()
             continue
+        steps.take(len(at) + 1)
         text = links.get("/".join((*at, part)))
         if text is None:
             at.append(part)

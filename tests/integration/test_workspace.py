@@ -432,6 +432,28 @@ def test_a_link_that_escapes_through_another_one_is_refused(
         workspace.snapshot(source, workspace.resolve(source))
 
 
+def test_links_that_lead_through_each_other_without_end_are_refused(
+    workspace: GitWorkspace, server: GitServer, evil: Path
+) -> None:
+    """A tenth of a second for each such link, and 20,000 of them are possible: 40 minutes, with every other thread held up."""
+    long = ("120000", blob(evil, ("d/" * 818 + "../" * 818)[:-1].encode()))
+    again = ("120000", blob(evil, "/".join(["long"] * 40).encode()))
+    branch(evil, "hops", {"long": long, **{f"link{n}": again for n in range(3)}})
+    source = source_of(server, "hops")
+    with pytest.raises(WorkspaceRefused, match="through each other too often"):
+        workspace.snapshot(source, workspace.resolve(source))
+
+
+def test_paths_that_no_kernel_takes_are_refused(workspace: GitWorkspace, server: GitServer, evil: Path) -> None:
+    inner = ("100644", blob(evil, b"x"))
+    for _ in range(20):
+        inner = ("40000", tree(evil, {"x" * 250: inner}))
+    branch(evil, "deep", {"top": inner})
+    source = source_of(server, "deep")
+    with pytest.raises(WorkspaceRefused, match="is longer than 4095 bytes"):
+        workspace.snapshot(source, workspace.resolve(source))
+
+
 def test_links_inside_the_tree_and_submodules_are_carried_safely(
     workspace: GitWorkspace, server: GitServer, evil: Path
 ) -> None:
