@@ -27,7 +27,8 @@ ATTRIBUTES = "* -export-ignore -export-subst -text !eol -ident -filter -working-
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 _REFUSED = re.compile(
     r"could not read (Username|Password)|Authentication failed|not found|returned error: 40[0134]|not our ref"
-    r"|unadvertised object|does not appear to be a git repository|transport '.*' not allowed|redirect|fsck|bad object",
+    r"|unadvertised object|does not appear to be a git repository|transport '.*' not allowed|redirect|fsck|bad object"
+    r"|out of memory",
     re.IGNORECASE,
 )
 _UNOPENED = re.compile(r"could not read (Username|Password)|Authentication failed")
@@ -103,6 +104,7 @@ class Clones:
             max_output=_MAX_REFS_OUTPUT,
             seconds=self._limits.command_seconds,
             config=sources.config_of(source),
+            memory_bytes=self._limits.memory_bytes,
         )
         lines = (line.partition("\t") for line in remote(ran, source).out.decode("ascii", "replace").splitlines())
         found = {name: oid for oid, _, name in lines if sources.COMMIT.fullmatch(oid)}
@@ -126,6 +128,7 @@ class Clones:
                     max_output=4096,
                     seconds=self._limits.fetch_seconds,
                     config=sources.config_of(source),
+                    memory_bytes=self._limits.memory_bytes,
                     watch=self._growth_cap(directory),
                     keep_open=held,
                 )

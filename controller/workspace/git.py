@@ -38,6 +38,8 @@ CONFIG: Mapping[str, str] = {
     "core.quotePath": "false",  # people read the patch; control characters in paths are refused elsewhere
     "core.packedGitWindowSize": "32m",
     "core.packedGitLimit": "256m",
+    "core.bigFileThreshold": "128m",  # what is larger is not held in memory at once, where git can do without
+    "pack.threads": "2",  # each takes address space, which is bounded
     "gc.auto": "0",
     "maintenance.auto": "false",
     "fetch.recurseSubmodules": "false",

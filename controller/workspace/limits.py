@@ -16,6 +16,7 @@ class Limits:
 
     fetch_bytes: int = 256 * MIB  # what one fetch may add to a clone, as packed by the server
     fetch_seconds: float = 120.0
+    memory_bytes: int = 768 * MIB  # of each git process: a pack of some KiB can unfold to gigabytes
     lock_seconds: float = 150.0  # how long to wait for another fetch of the same clone
     archive_bytes: int = 64 * MIB  # the snapshot as a tar archive
     files: int = 20_000  # entries of one commit's tree

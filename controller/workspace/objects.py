@@ -38,6 +38,7 @@ class Objects:
             seconds=self._limits.command_seconds,
             stdin=stdin,
             env=env,
+            memory_bytes=self._limits.memory_bytes,
         )
         return ran.out if ran.cut and may_cut else must(ran, f"git {args[0]}").out
 
@@ -63,6 +64,7 @@ class Objects:
             ],
             max_output=1024,
             seconds=self._limits.command_seconds,
+            memory_bytes=self._limits.memory_bytes,
         )
         return ran.out.decode().strip() if ran.code == 0 else None
 

@@ -26,7 +26,7 @@ from controller.ports import Workspace
 from controller.workspace import GitWorkspace, Limits
 from devcluster.gitserver import GitServer
 from tests.support.memory_workspace import MemoryWorkspace
-from tests.support.repositories import blob, branch, commit_files, git, tree
+from tests.support.repositories import blob, branch, commit_files, git, tree, unfolding_blobs
 
 FILES = {
     "README.md": "# demo\n",
@@ -574,6 +574,16 @@ def test_a_fetch_over_its_cap_is_stopped_and_leaves_nothing(tmp_path: Path, serv
         workspace.resolve(source_of(server, "huge"))
     assert not any(path.stat().st_size > 500_000 for path in tmp_path.rglob("*") if path.is_file())
     assert workspace.resolve(source_of(server, "main"))
+
+
+def test_a_small_pack_that_unfolds_to_much_is_refused_within_bounded_memory(tmp_path: Path) -> None:
+    git(tmp_path / "bomb.git", "init", "--bare", "--quiet", "--initial-branch=main", str(tmp_path / "bomb.git"))
+    base, big = unfolding_blobs(tmp_path / "bomb.git", copies=32)
+    branch(tmp_path / "bomb.git", "main", {"base": ("100644", base), "big": ("100644", big)})
+    limits = Limits(memory_bytes=256 * 1024 * 1024)
+    workspace = GitWorkspace(tmp_path / "cache", allow_loopback_http=True, limits=limits)
+    with GitServer(tmp_path) as server, pytest.raises(WorkspaceRefused, match="(?i)out of memory"):
+        workspace.resolve(GitSource(url=server.url("bomb.git"), ref="main"))
 
 
 def test_lock_files_of_a_killed_fetch_do_not_stop_the_next_one(tmp_path: Path, demo: GitSource) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 
@@ -42,3 +45,28 @@ def commit_files(directory: Path, files: dict[str, str], *, name: str = "main") 
     stream += [f'M 100644 inline "{path}"\ndata {len(text.encode())}\n{text}\n' for path, text in files.items()]
     git(directory, "fast-import", "--quiet", "--force", stdin="".join(stream).encode())
     return git(directory, "rev-parse", f"refs/heads/{name}")
+
+
+def unfolding_blobs(directory: Path, *, copies: int) -> tuple[str, str]:
+    """A blob of 16 MiB of zeros, and one of so many times that: as a delta on the first it takes a hundred bytes in a pack."""
+    base = bytes(16 * 1024 * 1024 - 1)
+    named = blob(directory, base)
+    copy = b"\xf0" + len(base).to_bytes(3, "little")
+    delta = _number(len(base)) + _number(len(base) * copies) + copy * copies
+    size = len(delta)
+    head = bytes([7 << 4 | size & 15 | 0x80]) + _number(size >> 4)  # 7: a delta on the object that is named
+    pack = b"PACK" + struct.pack(">II", 2, 1) + head + bytes.fromhex(named) + zlib.compress(delta)
+    git(directory, "index-pack", "--fix-thin", "--stdin", stdin=pack + hashlib.sha1(pack).digest())
+    whole = hashlib.sha1(b"blob %d\0" % (len(base) * copies))
+    for _ in range(copies):
+        whole.update(base)
+    return named, whole.hexdigest()
+
+
+def _number(n: int) -> bytes:
+    """As packs write one: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while n > 127:
+        found.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*found, n])
