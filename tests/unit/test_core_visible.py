@@ -24,6 +24,9 @@ from controller.core.visible import first_hidden, hidden, visible
         ("\ue000\ud800", "<U+E000><U+D800>"),
         ("\U000e0041", "<U+E0041>"),  # tag characters
         ("\xad", "<U+00AD>"),  # soft hyphen
+        ("a\u3164\uffa0\u115fb", "a<U+3164><U+FFA0><U+115F>b"),  # Hangul fillers: letters, and names of variables
+        ("a\ufe00\ufe0f\U000e0100\U000e01ef", "a<U+FE00><U+FE0F><U+E0100><U+E01EF>"),  # variation selectors carry bytes
+        ("\u034f\u17b4\u180b\u2800", "<U+034F><U+17B4><U+180B><U+2800>"),
     ],
 )
 def test_hidden_characters_are_spelled_out(text: str, shown: str) -> None:
