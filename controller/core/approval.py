@@ -20,6 +20,7 @@ INLINE_BYTES = (
 )  # tasks and diff each; with the texts, the goal and the file list a PlanApproval stays under 64 KiB
 TEXT_BYTES = 12 * 1024  # summary, design, files, risks and tests together, as people see them
 FILES_BYTES = 4 * 1024
+NAME_CHARACTERS = 1024  # one file's name, as the CRD has it
 PART_BYTES = 900 * 1024  # what one ConfigMap takes
 TEXTS = ("summary", "design", "files", "risks", "tests")
 PART_KEY = "content"
@@ -87,12 +88,18 @@ def _files(names: Sequence[str]) -> list[str]:
     """As many as fit; the diff has them all."""
     shown: list[str] = []
     left = FILES_BYTES
-    for name in map(visible, names):
+    for name in map(_name, names):
         left -= len(name.encode()) + 4
         if left < 0:
             return [*shown, f"[and {len(names) - len(shown)} more]"]
         shown.append(name)
     return shown
+
+
+def _name(path: str) -> str:
+    """Spelled out, a name can be ten times as long: the API server would refuse the whole object."""
+    name, mark = visible(path), "[cut]"
+    return name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - len(mark)] + mark
 
 
 def text_bytes(plan: Mapping[str, Any]) -> int:

@@ -135,6 +135,7 @@ def cpu_millis(quantity: str) -> int:
     raise InvalidIntent("spec.sandbox.cpu", f"{quantity!r} is not a CPU quantity such as 1 or 250m")
 
 
+MOST_MEMORY_MB = 2**31 - 1  # int32 in the PlanApproval: with more in it the API server refuses all of it
 _UNITS = {"Ki": 1 / 1024, "Mi": 1, "Gi": 1024, "M": 1000 * 1000 / 1048576, "G": 1000**3 / 1048576}
 
 
@@ -142,5 +143,8 @@ def memory_mb(quantity: str) -> int:
     """Kubernetes memory quantity in MiB: `512Mi` is 512."""
     for unit, factor in _UNITS.items():
         if quantity.endswith(unit) and quantity[: -len(unit)].isdigit():
-            return max(1, int(int(quantity[: -len(unit)]) * factor))
+            value = max(1, int(int(quantity[: -len(unit)]) * factor))
+            if value > MOST_MEMORY_MB:
+                raise InvalidIntent("spec.sandbox.memory", f"{quantity} is more than any machine has")
+            return value
     raise InvalidIntent("spec.sandbox.memory", f"{quantity!r} is not a memory quantity such as 512Mi or 1Gi")

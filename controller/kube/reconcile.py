@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from controller.core import approval as approvals
 from controller.core import events, plan
 from controller.core import status as projection
-from controller.core.errors import Conflict, Permanent, SisuError
+from controller.core.errors import Conflict, Permanent, SisuError, Unavailable
 from controller.core.phases import Status
 from controller.core.run import Approval, Intent, Run
 from controller.core.settings import Settings
@@ -257,10 +257,10 @@ class Reconciler:
             name = wanted["metadata"]["name"]
             try:
                 return await self._cluster.create_approval(wanted)
-            except Conflict:
+            except Conflict as e:
                 found = await self._cluster.approval(intent.namespace, name)
-                if found is None:
-                    raise
+                if found is None:  # refused, or gone again: said aloud, because nobody can decide until there is one
+                    raise Unavailable(f"PlanApproval {name} cannot be created: {e}") from e
                 if objects.is_ours(found, wanted):
                     return found
                 if found["spec"]["intent"]["uid"] == intent.uid:

@@ -186,6 +186,16 @@ async def test_a_plan_that_is_ready_becomes_an_approval_that_shows_it(world: Wor
     assert world.events() == ["PlanReady"]
 
 
+async def test_an_approval_that_the_api_server_refuses_is_said_aloud(world: World) -> None:
+    """A Conflict is not logged: people would wait for an approval that never comes."""
+    uid = world.cluster.apply()
+    await world.settle(uid)
+    world.store.plan_ready(uid, diff=DIFF)
+    world.cluster.fail["create_approval"] = [Conflict("422: spec.plan.patch.files[0]: Too long")]
+    with pytest.raises(Unavailable, match=r"PlanApproval fix-median-\w+ cannot be created: 422: spec.plan.patch"):
+        await world.reconciler.reconcile(uid)
+
+
 async def test_a_vote_starts_the_execution_and_its_end_is_told(world: World) -> None:
     uid = await world.waiting()
     world.cluster.vote(world.approval(uid)["metadata"]["name"])

@@ -218,6 +218,13 @@ def test_the_spec_is_one_that_the_crd_keeps_whole(count: int) -> None:
     assert _unknown(schema, made["spec"], "spec") == []
 
 
+def test_file_names_that_are_long_when_spelled_out_are_ones_that_the_crd_takes() -> None:
+    names = ["/".join(["\ue000" * 80] * 3), "a" * 1024, "b.py"]
+    expected = shown(planned_run(plan_json=plan(patch={"files": names, "additions": 1, "deletions": 1})), DIFF)
+    made = PlanApprovalSpec.model_validate(objects.plan_approval(intent(), expected, store_id="store-1")["spec"])
+    assert made.plan.patch.files[0].endswith("[cut]") and made.plan.patch.files[1:] == ("a" * 1024, "b.py")
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), st.binary(max_size=200))
 @hypothesis(max_examples=60, deadline=None)
 def test_any_plan_is_shown_so_that_its_votes_count(text: str, diff: bytes) -> None:

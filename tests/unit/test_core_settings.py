@@ -223,7 +223,7 @@ def test_memory_quantities(text: str, value: int) -> None:
     assert memory_mb(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "Mi", "512", "-1Mi", "1.5Gi", "1Ti", "\u0661Mi "])
+@pytest.mark.parametrize("text", ["", "Mi", "512", "-1Mi", "1.5Gi", "1Ti", "\u0661Mi ", "2097152Gi"])
 def test_what_is_no_memory_quantity_is_refused(text: str) -> None:
     with pytest.raises(InvalidIntent):
         memory_mb(text)
