@@ -275,7 +275,7 @@ def of_approval(approval: Approval, run: Run, *, identity: str | None, now: date
         before = approval.status.get("consumedBy")
         seen["consumedBy"] = before or {
             "workflowId": f"{run.intent_id}:execute:{run.execution_no}",
-            "at": stamp(run.started_at or now),
+            "at": stamp(now),  # not the run's start: planning began then
         }
     return seen
 

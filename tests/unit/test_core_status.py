@@ -221,6 +221,12 @@ def test_the_decision_of_an_approval(status: Status, stage: Stage, decision: str
         assert found["consumedBy"]["workflowId"].endswith(":execute:2")
 
 
+def test_an_approval_was_used_now_and_not_when_planning_began() -> None:
+    started = planned_run(Status.RUNNING, Stage.EXECUTE, execution_no=1, started_at=NOW - timedelta(days=2))
+    found = projection.of_approval(approval(started, vote()), started, identity=None, now=NOW)
+    assert found["consumedBy"]["at"] == projection.stamp(NOW)
+
+
 def test_who_consumed_an_approval_is_never_written_anew() -> None:
     before = {"consumedBy": {"workflowId": "u:execute:1", "at": "2026-01-01T00:00:00Z"}}
     started = planned_run(Status.RUNNING, Stage.EXECUTE, execution_no=2)
