@@ -14,6 +14,7 @@ from controller.core.visible import visible
 from controller.kube.crd import ACKNOWLEDGE_STORE, API_VERSION, FINALIZER
 
 Object = Mapping[str, Any]
+NOTE_BYTES = 1024  # not characters: the API server refuses an event with more
 STORE_LABEL = "sisukodo.dev/store"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "sisu-kodo"}
 
@@ -120,7 +121,7 @@ def event(
         "reason": reason,
         "action": reason,
         "type": kind,
-        "note": message[:1024],
+        "note": message.encode()[:NOTE_BYTES].decode(errors="ignore"),
         "regarding": {
             "apiVersion": API_VERSION,
             "kind": "Intent",

@@ -55,6 +55,11 @@ def test_an_approval_tells_who_approved() -> None:
     assert len({e.key for e in told}) == 2
 
 
+def test_who_rejected_too_late_is_not_said_to_have_approved() -> None:
+    (told,) = between(WAITING, RUNNING, approval(planned_run(), vote(), vote("bob@corp", "Reject")))
+    assert "alice@corp" in told.message
+
+
 @pytest.mark.parametrize(
     ("started", "expected"),
     [
@@ -109,8 +114,11 @@ def test_a_retry_that_fails_alike_is_told_again() -> None:
     assert {e.key for e in first}.isdisjoint(e.key for e in second)
 
 
-def test_long_names_and_messages_still_make_an_event() -> None:
+@pytest.mark.parametrize("letter", ["m", "\u0436", "\u6f22"])
+def test_long_names_and_messages_still_make_an_event(letter: str) -> None:
+    """The API server counts the note's bytes."""
     body = objects.event(
-        intent(name="n" * 200), reason="R", message="m" * 5000, kind="Warning", key="k", now=NOW, reporter="p" * 500
+        intent(name="n" * 200), reason="R", message=letter * 5000, kind="Warning", key="k", now=NOW, reporter="p" * 500
     )
-    assert len(body["metadata"]["name"]) <= 253 and len(body["note"]) <= 1024 and len(body["reportingInstance"]) <= 128
+    assert len(body["metadata"]["name"]) <= 253 and len(body["reportingInstance"]) <= 128
+    assert 1020 <= len(body["note"].encode()) <= 1024
