@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from controller.core.errors import Permanent, Unavailable
+from controller.core.errors import InvalidPlan, Permanent, Unavailable
 
 USER = "opencode"
 CALL_SECONDS = 30.0
@@ -133,6 +133,8 @@ class OpenCodeClient:
             raise Permanent(f"{where}: {response.status_code} {_brief(response)}")
         try:
             return response.json()
+        except RecursionError as e:  # the model's: the daemon passes on what it says
+            raise InvalidPlan(f"{where}: the answer is nested too deep to be read") from e
         except ValueError as e:
             if response.status_code == 200 and not response.content:
                 return None
@@ -140,12 +142,10 @@ class OpenCodeClient:
 
 
 def counted(tokens: Mapping[str, Any]) -> tuple[int, int]:
-    """The daemon's token counts as (in, out): cached ones are read, reasoning is written."""
+    """The daemon's token counts as (in, out): cached ones are read, reasoning is written. One that is null (its NaN) is none."""
     cache = tokens.get("cache") or {}
-    return (
-        int(tokens.get("input", 0) + cache.get("read", 0) + cache.get("write", 0)),
-        int(tokens.get("output", 0) + tokens.get("reasoning", 0)),
-    )
+    read = (tokens.get("input"), cache.get("read"), cache.get("write"))
+    return int(sum(n or 0 for n in read)), int(sum(n or 0 for n in (tokens.get("output"), tokens.get("reasoning"))))
 
 
 def _brief(response: httpx.Response) -> str:
@@ -155,5 +155,5 @@ def _brief(response: httpx.Response) -> str:
         if body["name"] == "ConfigJsonError":
             return "ConfigJsonError"  # its message is the whole configuration, the key included
         return f"{body['name']}: {body['data']['message']}"[:300]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return response.text[:300]

@@ -66,6 +66,8 @@ class Events:
                 self.failure = Unavailable("the daemon closed the stream of events")
             except SisuError as e:
                 self.failure = e
+            except Exception as e:  # noqa: BLE001 - deaf, but connected, no turn would be ended in time any more
+                self.failure = Unavailable(f"an event of the daemon cannot be read: {type(e).__name__}: {str(e)[:200]}")
             self.connected.clear()
             for turn in self._turns.values():
                 turn.lost = str(self.failure)
