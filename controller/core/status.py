@@ -14,6 +14,7 @@ from controller.core.run import Approval, Intent, Run
 from controller.core.visible import visible
 
 MAX_FAILURES = 10
+TAMPERED = "Tampered"  # of the condition IdentityVerified
 MAX_MESSAGE = 256
 
 # The closed list of reasons (docs/reasons.md explains each).
@@ -264,7 +265,7 @@ def of_approval(approval: Approval, run: Run, *, identity: str | None, now: date
     why = approval.problem or identity or "votes are by whom the API server authenticated"
     rows = [
         ("Decided", "True" if decision != "Pending" else "False", decision, votes),
-        ("IdentityVerified", verified, "Verified" if verified == "True" else "NotEnforced", why),
+        ("IdentityVerified", verified, _verified(approval, identity), why),
     ]
     seen: dict[str, Any] = {
         "decision": decision,
@@ -278,6 +279,17 @@ def of_approval(approval: Approval, run: Run, *, identity: str | None, now: date
             "at": stamp(now),  # not the run's start: planning began then
         }
     return seen
+
+
+def _verified(approval: Approval, identity: str | None) -> str:
+    if approval.problem is not None:
+        return TAMPERED
+    return "Verified" if identity is None else "NotEnforced"
+
+
+def tampered(status: Mapping[str, Any]) -> str | None:
+    """What was found wrong with a PlanApproval that has votes. It is not forgotten: what those people saw cannot be put back."""
+    return next((c["message"] for c in status.get("conditions", ()) if c["reason"] == TAMPERED), None)
 
 
 def _decision(run: Run) -> str:

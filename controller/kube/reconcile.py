@@ -122,6 +122,8 @@ class Reconciler:
     async def _wrong(self, intent: Intent, run: Run, obj: Object) -> str | None:
         if not obj["spec"].get("decisions"):
             return None
+        if (found := projection.tampered(obj.get("status") or {})) is not None:
+            return found
         shown = await self._shown(intent, run)
         parts = {n: await self._cluster.config_map(intent.namespace, n, approvals.PART_KEY) for n in shown.parts}
         return approvals.problem(obj, shown, parts=parts)

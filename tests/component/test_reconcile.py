@@ -490,6 +490,17 @@ async def test_votes_on_a_plan_whose_config_map_was_changed_do_not_count(world: 
     await refused(world, uid, "ApprovalTampered")
 
 
+async def test_votes_on_a_changed_config_map_do_not_count_after_it_was_put_back(world: World) -> None:
+    uid = await world.waiting(plan_json=BIG)
+    (part,) = (one["metadata"]["name"] for one in world.cluster.of_kind("configmaps"))
+    world.cluster.edit_data(part, lambda text: text.replace("echo", "true", 1))
+    world.cluster.vote(world.approval(uid)["metadata"]["name"])
+    await refused(world, uid, "ApprovalTampered")
+    world.cluster.edit_data(part, lambda text: text.replace("true", "echo", 1))
+    world.restart()
+    await refused(world, uid, "ApprovalTampered")
+
+
 async def test_votes_on_a_plan_whose_config_map_is_gone_do_not_count(world: World) -> None:
     uid = await world.waiting(plan_json=BIG)
     world.cluster.delete("configmaps", world.cluster.of_kind("configmaps")[0]["metadata"]["name"])
