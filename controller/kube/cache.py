@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 Object = Mapping[str, Any]
@@ -67,6 +67,11 @@ class Cache:
     def lost_intent(self, uid: str) -> None:
         """It is gone."""
         self._intents.pop(uid, None)
+
+    def keep_approvals(self, listed: Set[tuple[str, str]]) -> None:
+        """Forget the others. One that was made since the list began is forgotten, too: who needs it asks for it."""
+        for key in self._approvals.keys() - listed:
+            del self._approvals[key]
 
     def lost_approval(self, obj: Object) -> str:
         """It is gone; the uid of its Intent."""

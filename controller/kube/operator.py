@@ -146,8 +146,11 @@ class Operator:
         async for obj in self._cluster.intents():
             self._cache.saw_intent(obj)
             seen.add(str(obj["metadata"]["uid"]))
+        approvals = set()
         async for obj in self._cluster.approvals():
             self._cache.saw_approval(obj)
+            approvals.add((obj["metadata"]["namespace"], obj["metadata"]["name"]))
+        self._cache.keep_approvals(approvals)
         await self._forget_gone(seen)
         for uid in seen | {str(obj["metadata"]["uid"]) for obj in self._cache.intents()}:
             self.queue.add(uid, urgent=False)

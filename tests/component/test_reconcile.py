@@ -802,6 +802,18 @@ def operator(world: World) -> Operator:
     return made
 
 
+async def test_an_approval_whose_deletion_the_watch_missed_is_made_again_at_the_next_resync(world: World) -> None:
+    """Else people are pointed at an object that is not there until the plan expires."""
+    uid = await world.waiting()
+    first = world.approval(uid)["metadata"]
+    made = operator(world)
+    world.cluster.watchers.clear()
+    world.cluster.delete("planapprovals", first["name"], force=True)
+    await made.resync()
+    await world.settle(uid)
+    assert world.approval(uid)["metadata"]["uid"] != first["uid"]
+
+
 async def many(world: World, count: int) -> list[str]:
     uids = [world.cluster.apply(f"intent-{n}") for n in range(count)]
     for uid in uids:
