@@ -201,6 +201,13 @@ BEGIN
   RETURN p_id;
 END $$;
 
+-- Is this artifact what became of its task or step? What an earlier attempt left is not, even where the newest left nothing of its name.
+CREATE FUNCTION app.served(a app.artifacts) RETURNS boolean LANGUAGE sql STABLE AS $$
+  SELECT a.attempt = CASE WHEN a.task_key = ''
+    THEN (SELECT max(s.attempt) FROM app.run_steps s WHERE s.run_id = a.run_id AND s.step_id = a.step_id)
+    ELSE (SELECT max(j.attempt) FROM app.sbx_attempts j WHERE j.task_key = a.task_key AND j.state = 'done') END
+$$;
+
 -- May this task begin? All that it depends on has succeeded.
 CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS $$
   SELECT t.depends = '{}' OR NOT EXISTS (

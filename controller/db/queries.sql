@@ -226,10 +226,10 @@ SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 SELECT sha256, content FROM app.blobs WHERE sha256 = ANY(%(shas)s)
 
 -- name: artifact
-SELECT sha256 FROM app.artifacts WHERE uri = %(uri)s ORDER BY attempt DESC LIMIT 1
+SELECT a.sha256 FROM app.artifacts a WHERE a.uri = %(uri)s AND app.served(a)
 
 -- name: artifacts_below
-SELECT DISTINCT ON (uri) uri, size FROM app.artifacts WHERE starts_with(uri, %(folder)s) ORDER BY uri, attempt DESC
+SELECT a.uri, a.size FROM app.artifacts a WHERE starts_with(a.uri, %(folder)s) AND app.served(a) ORDER BY a.uri
 
 -- name: insert_artifact
 INSERT INTO app.artifacts (run_id, step_id, task_key, attempt, name, kind, sha256, size, uri)
