@@ -325,6 +325,8 @@ BEGIN
       IF v_fast THEN PERFORM app.skip_waiting(p_run_id, v_task.generation); END IF;
       v_room := app.sandbox_room(v_run);
     END IF;
+    -- An attempt begins only under a live lease, here too; without one the next task is for others.
+    p_carry := p_carry AND EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = p_executor AND l.expires_at > clock_timestamp());
     v_priority := (v_run.settings->>'priority')::int; v_partition := v_run.settings->>'partition';
     UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1,
            workflow_id = CASE WHEN p_carry THEN p_workflow_id ELSE v_run.intent_id || ':task:' || v_run.execution_no || ':' || t.task_key END,

@@ -999,6 +999,22 @@ def test_an_outcome_brings_artifacts_chunks_and_what_was_measured(pg: InPostgres
     )
 
 
+def test_without_a_live_lease_an_outcome_counts_and_the_next_task_is_for_others(pg: InPostgres) -> None:
+    at_ = window(pg, 2, parallelism=1)
+    (workflow,) = at_.workflows
+    pg.leases.take("zombie", ttl=600)
+    zombie = PgWorkStore(pg.pool, app_version="v1", executor="zombie")
+    attempt = zombie.begin_attempt(at_.run.run_id, workflow)
+    pg.leases.take("zombie", ttl=-1)
+    done = zombie.record_outcome(attempt, outcome(key=attempt.task_key), workflow_id=workflow, carry=True)
+    assert done is not None and done.fence is None, "the fence decides on the outcome; nothing was begun"
+    assert at_.counts() == {"succeeded": 1, "queued": 1} and at_.journal() == [(1, "done")]
+    (other,) = at_.workflows[1:]
+    assert other.removeprefix(at_.run.intent_id) in at_.enqueued("task")
+    last = at_.begin(other)
+    assert last.attempt == 1 and at_.end(last, other) is not None and ":finish:1" in at_.enqueued("finish")
+
+
 def test_without_carrying_the_next_task_is_enqueued_and_with_it_begun(pg: InPostgres) -> None:
     at_ = window(pg, 3, parallelism=1)
     workflow = at_.workflows[0]
