@@ -77,7 +77,9 @@ CREATE TABLE app.opencode_calls (       -- ledger v2: one row per logical model 
   op_key text PRIMARY KEY,
   run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL, attempt int NOT NULL, seq int NOT NULL,
   agent text NOT NULL, session text, schema_hash text NOT NULL, prompt text NOT NULL,
-  request jsonb NOT NULL, response jsonb, structured jsonb, raw_text text, tool_calls jsonb, timings jsonb, tokens jsonb,
+  request jsonb NOT NULL, response jsonb, structured jsonb, raw_text text, tool_calls jsonb, timings jsonb,
+  tokens jsonb NOT NULL,                -- {in, out} of all its tries, as far as they were reported; the answer's own are in response
+  try_id text NOT NULL,                 -- the try that was written last
   err_code text, error text,
   created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
