@@ -258,11 +258,13 @@ END $$;
 
 -- Tasks that wait for a failed one, directly or through others, will never run.
 CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_idx int) RETURNS void LANGUAGE sql AS $$
-  WITH RECURSIVE lost(idx) AS (
+  -- Edges by themselves, so that one hash of them serves every round: a chain has as many rounds as tasks.
+  WITH RECURSIVE edges AS MATERIALIZED (
+    SELECT t.idx, needed FROM app.sbx_runs t, unnest(t.depends) AS needed WHERE t.run_id = p_run_id AND t.generation = p_generation
+  ), lost(idx) AS (
     SELECT p_idx
     UNION
-    SELECT t.idx FROM app.sbx_runs t JOIN lost ON lost.idx = ANY (t.depends)
-     WHERE t.run_id = p_run_id AND t.generation = p_generation)
+    SELECT edges.idx FROM lost JOIN edges ON edges.needed = lost.idx)
   UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
    FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.idx = lost.idx AND t.status = 'queued'
 $$;
