@@ -97,7 +97,7 @@ CREATE TABLE app.plan_approvals (       -- append-only: who decided what, on whi
 CREATE TABLE app.sbx_runs (             -- one row per task
   run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL DEFAULT 'ExecuteST', task_key text NOT NULL,
   task_id text NOT NULL, idx int NOT NULL, generation int NOT NULL,
-  depends text[] NOT NULL DEFAULT '{}', -- task ids that must succeed first
+  depends int[] NOT NULL DEFAULT '{}',  -- the idx of the tasks that must succeed first
   timeout_ms bigint NOT NULL,           -- what it may take at most: reserved while it has a window slot
   spent_ms bigint NOT NULL DEFAULT 0,   -- what its attempts that have ended took
   status text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued','running','succeeded','failed')),
@@ -115,7 +115,7 @@ CREATE TABLE app.sbx_runs (             -- one row per task
   PRIMARY KEY (run_id, step_id, task_key)
 ) WITH (fillfactor = 70);
 CREATE UNIQUE INDEX sbx_runs_order ON app.sbx_runs (run_id, generation, idx);
-CREATE INDEX sbx_runs_waiting ON app.sbx_runs (run_id, idx) WHERE status = 'queued' AND workflow_id IS NULL;
+CREATE INDEX sbx_runs_waiting ON app.sbx_runs (run_id, generation, idx) WHERE status = 'queued' AND workflow_id IS NULL;
 CREATE INDEX sbx_runs_holding ON app.sbx_runs (workflow_id) WHERE status IN ('queued','running') AND workflow_id IS NOT NULL;
 CREATE INDEX sbx_runs_key ON app.sbx_runs (task_key);
 
@@ -213,7 +213,7 @@ $$;
 -- May this task begin? All that it depends on has succeeded.
 CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS $$
   SELECT t.depends = '{}' OR NOT EXISTS (
-    SELECT 1 FROM app.sbx_runs d WHERE d.run_id = t.run_id AND d.generation = t.generation AND d.task_id = ANY (t.depends) AND d.status <> 'succeeded')
+    SELECT 1 FROM app.sbx_runs d WHERE d.run_id = t.run_id AND d.generation = t.generation AND d.idx = ANY (t.depends) AND d.status <> 'succeeded')
 $$;
 
 -- Whether sandbox minutes could have been used up by now: by all slots, busy from the beginning. Until then nobody needs to count;
@@ -247,7 +247,7 @@ BEGIN
   v_room := app.sandbox_room(v_run);
   WITH run AS (SELECT v_run.id, v_run.intent_id, v_run.execution_no, v_run.settings), waiting AS (
     SELECT t.task_key, t.idx, t.timeout_ms FROM app.sbx_runs t
-     WHERE t.run_id = p_run_id AND t.status = 'queued' AND t.workflow_id IS NULL AND app.ready(t)
+     WHERE t.run_id = p_run_id AND t.generation = v_run.plan_no AND t.status = 'queued' AND t.workflow_id IS NULL AND app.ready(t)
      ORDER BY t.idx LIMIT greatest(0, (v_run.settings->>'parallelism')::int - v_open) FOR UPDATE SKIP LOCKED
   ), picked AS (
     SELECT w.task_key FROM (SELECT task_key, sum(timeout_ms) OVER (ORDER BY idx) AS needed FROM waiting) w
@@ -266,14 +266,16 @@ BEGIN
 END $$;
 
 -- Tasks that wait for a failed one, directly or through others, will never run.
-CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_task_id text) RETURNS void LANGUAGE sql AS $$
-  WITH RECURSIVE lost(task_id) AS (
-    SELECT p_task_id
+CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_idx int) RETURNS void LANGUAGE sql AS $$
+  -- Edges by themselves, so that one hash of them serves every round: a chain has as many rounds as tasks.
+  WITH RECURSIVE edges AS MATERIALIZED (
+    SELECT t.idx, needed FROM app.sbx_runs t, unnest(t.depends) AS needed WHERE t.run_id = p_run_id AND t.generation = p_generation
+  ), lost(idx) AS (
+    SELECT p_idx
     UNION
-    SELECT t.task_id FROM app.sbx_runs t JOIN lost ON lost.task_id = ANY (t.depends)
-     WHERE t.run_id = p_run_id AND t.generation = p_generation)
+    SELECT edges.idx FROM lost JOIN edges ON edges.needed = lost.idx)
   UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
-   FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.task_id = lost.task_id AND t.status = 'queued'
+   FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.idx = lost.idx AND t.status = 'queued'
 $$;
 
 -- After the first failure of a FailFast recipe nothing more begins; what runs ends by itself, so that its result is kept.
@@ -323,7 +325,7 @@ BEGIN
     IF v_turns OR v_fast THEN
       -- Two finishers may together make a task ready that neither sees alone, or take the same minutes: they take turns.
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
-      IF v_run.depends AND p_status = 'failed' THEN PERFORM app.skip_dependents(p_run_id, v_task.generation, v_task.task_id); END IF;
+      IF v_run.depends AND p_status = 'failed' THEN PERFORM app.skip_dependents(p_run_id, v_task.generation, v_task.idx); END IF;
       IF v_fast THEN PERFORM app.skip_waiting(p_run_id, v_task.generation); END IF;
       v_room := app.sandbox_room(v_run);
     END IF;
@@ -337,7 +339,8 @@ BEGIN
            fence = CASE WHEN p_carry THEN nextval('app.fence_seq') ELSE t.fence END,
            started_at = CASE WHEN p_carry THEN clock_timestamp() ELSE t.started_at END
      WHERE t.run_id = p_run_id AND t.task_key = (
-             SELECT q.task_key FROM app.sbx_runs q WHERE q.run_id = p_run_id AND q.status = 'queued' AND q.workflow_id IS NULL AND app.ready(q)
+             SELECT q.task_key FROM app.sbx_runs q
+              WHERE q.run_id = p_run_id AND q.generation = v_run.plan_no AND q.status = 'queued' AND q.workflow_id IS NULL AND app.ready(q)
               ORDER BY q.idx LIMIT 1 FOR UPDATE SKIP LOCKED)
        AND (v_room IS NULL OR t.timeout_ms <= v_room)
     RETURNING * INTO v_next;
@@ -355,7 +358,7 @@ BEGIN
       PERFORM 1 FROM app.runs r WHERE r.id = p_run_id FOR NO KEY UPDATE;
       IF v_turns THEN PERFORM app.top_up(p_run_id, p_version); END IF;
       UPDATE app.runs r SET stage = 'finish' WHERE r.id = p_run_id AND r.status = 'running' AND r.stage = 'execute'
-         AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = p_run_id AND t.status IN ('queued','running'));
+         AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = p_run_id AND t.generation = r.plan_no AND t.status IN ('queued','running'));
       IF FOUND THEN
         PERFORM app.enqueue('FinishWF', v_run.intent_id || ':finish:' || v_run.execution_no, p_run_id, p_version, NULL, v_priority);
       END IF;

@@ -248,7 +248,7 @@ SELECT count(DISTINCT approver) AS n FROM app.plan_approvals
 
 -- name: insert_tasks
 INSERT INTO app.sbx_runs (run_id, task_key, task_id, idx, generation, request, timeout_ms, depends)
-SELECT %(run_id)s, k, t, n - 1, %(generation)s, q, (q->>'timeoutMs')::bigint, ARRAY(SELECT jsonb_array_elements_text(d))
+SELECT %(run_id)s, k, t, n - 1, %(generation)s, q, (q->>'timeoutMs')::bigint, ARRAY(SELECT jsonb_array_elements(d)::int)
   FROM unnest(%(keys)s::text[], %(ids)s::text[], %(requests)s::jsonb[], %(depends)s::jsonb[]) WITH ORDINALITY AS x(k, t, q, d, n)
 ON CONFLICT DO NOTHING
 
@@ -265,7 +265,7 @@ SELECT app.top_up(%(run_id)s, %(version)s) AS enqueued
 -- An execution whose tasks had all ended before (a retry that found nothing to do) goes straight to FinishWF.
 WITH done AS (
   UPDATE app.runs r SET stage = 'finish' WHERE id = %(run_id)s AND status = 'running' AND stage = 'execute' AND total > 0
-   AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = r.id AND t.status IN ('queued','running')) RETURNING *)
+   AND NOT EXISTS (SELECT 1 FROM app.sbx_runs t WHERE t.run_id = r.id AND t.generation = r.plan_no AND t.status IN ('queued','running')) RETURNING *)
 SELECT count(app.enqueue('FinishWF', intent_id || ':finish:' || execution_no, id, %(version)s, NULL, (settings->>'priority')::int)) AS closed FROM done
 
 -- name: begin_attempt

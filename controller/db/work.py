@@ -135,11 +135,12 @@ class PgWorkStore:
         return transaction(self._pool, body)
 
     def begin_execution(self, execution: Execution) -> bool:
+        place = {t.task_id: idx for idx, t in enumerate(execution.tasks)}
         columns = {
             "keys": [t.task_key for t in execution.tasks],
             "ids": [t.task_id for t in execution.tasks],
             "requests": [canonical(t.request.model_dump(mode="json", by_alias=True)).decode() for t in execution.tasks],
-            "depends": [canonical(list(t.depends_on)).decode() for t in execution.tasks],
+            "depends": [canonical([place[d] for d in t.depends_on]).decode() for t in execution.tasks],
         }
 
         def body(c: psycopg.Connection[DictRow]) -> bool:

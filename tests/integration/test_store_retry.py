@@ -30,7 +30,8 @@ def retried(pg: InPostgres) -> Window:  # noqa: F811
     return at_
 
 
-def test_what_a_refused_execution_did_not_run_is_not_run_under_the_next_plan(pg: InPostgres) -> None:  # noqa: F811
+def planned_again(pg: InPostgres) -> Window:  # noqa: F811
+    """The retry's execution was refused; another plan, of one task, is made and approved."""
     at_ = retried(pg)
     uid = at_.run.intent_id
     assert pg.work.refuse_execution(pg.ctx(uid), error="the template changed; plan again")
@@ -43,12 +44,29 @@ def test_what_a_refused_execution_did_not_run_is_not_run_under_the_next_plan(pg:
     assert pg.store.approve(now(pg, uid), [vote()])
     assert at(now(pg, uid)) == (Status.RUNNING, Stage.EXECUTE) and now(pg, uid).plan_no == 2
     again = Window(pg, now(pg, uid), pg.execution(uid, 1))
-    assert pg.work.begin_execution(again.execution)
     assert [t.request.generation for t in again.execution.tasks] == [2]
-    generations = (
-        "SELECT generation FROM app.sbx_runs WHERE run_id = %s AND status = 'queued' AND workflow_id IS NOT NULL"
-    )
-    assert pg.rows(generations, at_.run.run_id) == [(2,)], "only what was approved"
+    return again
+
+
+def enqueued_generations(pg: InPostgres, run_id: str) -> list[tuple[int]]:  # noqa: F811
+    query = "SELECT generation FROM app.sbx_runs WHERE run_id = %s AND status = 'queued' AND workflow_id IS NOT NULL"
+    return pg.rows(query, run_id)
+
+
+def test_what_a_refused_execution_did_not_run_is_not_run_under_the_next_plan(pg: InPostgres) -> None:  # noqa: F811
+    again = planned_again(pg)
+    assert pg.work.begin_execution(again.execution)
+    assert enqueued_generations(pg, again.run.run_id) == [(2,)], "only what was approved"
+    assert drained(again) == ["t0"] and ":finish:3" in again.enqueued("finish")
+
+
+def test_what_waits_of_a_former_plan_neither_begins_nor_holds_the_run_up(pg: InPostgres) -> None:  # noqa: F811
+    """Whatever left it waiting: what begins is of the plan that was approved."""
+    again = planned_again(pg)
+    with pg.pool.connection() as c:
+        c.execute("UPDATE app.sbx_runs SET status = 'queued' WHERE run_id = %s", (again.run.run_id,))
+    assert pg.work.begin_execution(again.execution)
+    assert enqueued_generations(pg, again.run.run_id) == [(2,)]
     assert drained(again) == ["t0"] and ":finish:3" in again.enqueued("finish")
 
 
