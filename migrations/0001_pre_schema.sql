@@ -77,7 +77,9 @@ CREATE TABLE app.opencode_calls (       -- ledger v2: one row per logical model 
   op_key text PRIMARY KEY,
   run_id text NOT NULL REFERENCES app.runs, step_id text NOT NULL, attempt int NOT NULL, seq int NOT NULL,
   agent text NOT NULL, session text, schema_hash text NOT NULL, prompt text NOT NULL,
-  request jsonb NOT NULL, response jsonb, structured jsonb, raw_text text, tool_calls jsonb, timings jsonb, tokens jsonb,
+  request jsonb NOT NULL, response jsonb, structured jsonb, raw_text text, tool_calls jsonb, timings jsonb,
+  tokens jsonb NOT NULL,                -- {in, out} of all its tries, as far as they were reported; the answer's own are in response
+  try_id text NOT NULL,                 -- the try that was written last
   err_code text, error text,
   created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
@@ -201,6 +203,13 @@ BEGIN
   RETURN p_id;
 END $$;
 
+-- Is this artifact what became of its task or step? What an earlier attempt left is not, even where the newest left nothing of its name.
+CREATE FUNCTION app.served(a app.artifacts) RETURNS boolean LANGUAGE sql STABLE AS $$
+  SELECT a.attempt = CASE WHEN a.task_key = ''
+    THEN (SELECT max(s.attempt) FROM app.run_steps s WHERE s.run_id = a.run_id AND s.step_id = a.step_id)
+    ELSE (SELECT max(j.attempt) FROM app.sbx_attempts j WHERE j.task_key = a.task_key AND j.state = 'done') END
+$$;
+
 -- May this task begin? All that it depends on has succeeded.
 CREATE FUNCTION app.ready(t app.sbx_runs) RETURNS boolean LANGUAGE sql STABLE AS $$
   SELECT t.depends = '{}' OR NOT EXISTS (
@@ -258,11 +267,13 @@ END $$;
 
 -- Tasks that wait for a failed one, directly or through others, will never run.
 CREATE FUNCTION app.skip_dependents(p_run_id text, p_generation int, p_idx int) RETURNS void LANGUAGE sql AS $$
-  WITH RECURSIVE lost(idx) AS (
+  -- Edges by themselves, so that one hash of them serves every round: a chain has as many rounds as tasks.
+  WITH RECURSIVE edges AS MATERIALIZED (
+    SELECT t.idx, needed FROM app.sbx_runs t, unnest(t.depends) AS needed WHERE t.run_id = p_run_id AND t.generation = p_generation
+  ), lost(idx) AS (
     SELECT p_idx
     UNION
-    SELECT t.idx FROM app.sbx_runs t JOIN lost ON lost.idx = ANY (t.depends)
-     WHERE t.run_id = p_run_id AND t.generation = p_generation)
+    SELECT edges.idx FROM lost JOIN edges ON edges.needed = lost.idx)
   UPDATE app.sbx_runs t SET status = 'failed', err_code = 'SKIPPED', finished_at = clock_timestamp()
    FROM lost WHERE t.run_id = p_run_id AND t.generation = p_generation AND t.idx = lost.idx AND t.status = 'queued'
 $$;
@@ -318,6 +329,8 @@ BEGIN
       IF v_fast THEN PERFORM app.skip_waiting(p_run_id, v_task.generation); END IF;
       v_room := app.sandbox_room(v_run);
     END IF;
+    -- An attempt begins only under a live lease, here too; without one the next task is for others.
+    p_carry := p_carry AND EXISTS (SELECT 1 FROM app.executor_leases l WHERE l.executor_id = p_executor AND l.expires_at > clock_timestamp());
     v_priority := (v_run.settings->>'priority')::int; v_partition := v_run.settings->>'partition';
     UPDATE app.sbx_runs t SET dispatches = t.dispatches + 1,
            workflow_id = CASE WHEN p_carry THEN p_workflow_id ELSE v_run.intent_id || ':task:' || v_run.execution_no || ':' || t.task_key END,

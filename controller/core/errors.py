@@ -19,7 +19,12 @@ from __future__ import annotations
 
 
 class SisuError(Exception):
-    """Root of all errors that this product raises on purpose."""
+    """Root of all errors that this product raises on purpose.
+
+    `tokens`: in and out, as far as they were reported for the model's turn that ended so.
+    """
+
+    tokens: tuple[int, int] = (0, 0)
 
 
 class Transient(SisuError):

@@ -80,7 +80,7 @@ class TurnReply:
 class Recorded:
     """What the ledger has of a call: its reply, or the name of the error that it ended in, or neither.
 
-    `spent` are the tokens that all turns of the Intent took so far.
+    `spent` are the tokens that all turns of the Intent took so far, failed ones and all tries, as far as they were reported.
     """
 
     reply: TurnReply | None

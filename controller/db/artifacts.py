@@ -1,4 +1,7 @@
-"""Artifacts by reference: `artifact://run/<runId>/step/<stepId>[/task/<taskKey>]/<name>`."""
+"""Artifacts by reference: `artifact://run/<runId>/step/<stepId>[/task/<taskKey>]/<name>`.
+
+Served are those of a task's accepted attempt, the newest with an outcome, and of a step's newest attempt.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ def artifact_uri(run_id: str, step_id: str, task_key: str, name: str) -> str:
 
 
 def read(pool: Pool, uri: str) -> bytes | None:
-    """The content of the newest attempt's artifact, checked by its hash; None when there is no such reference. Raises DigestMismatch."""
+    """The artifact's content, checked by its hash; None when the attempt that counts has no such artifact. Raises DigestMismatch."""
     row = one(pool, "artifact", uri=uri)
     return None if row is None else read_blob(pool, row["sha256"])
 
 
 def below(pool: Pool, uri: str) -> Sequence[tuple[str, int]]:
-    """(reference, bytes) of everything whose reference begins with this one and a slash."""
+    """(reference, bytes) of all served artifacts whose reference begins with this one and a slash."""
     return [(row["uri"], row["size"]) for row in rows(pool, "artifacts_below", folder=uri.rstrip("/") + "/")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from psycopg.rows import DictRow
@@ -11,7 +12,7 @@ from psycopg.types.json import Jsonb
 
 from controller.core import storable
 from controller.core.digest import sha256_json
-from controller.core.errors import InvalidPlan
+from controller.core.errors import InvalidPlan, SisuError
 from controller.core.model import Recorded, TurnReply, TurnRequest
 from controller.core.visible import visible
 from controller.core.work import Context
@@ -23,9 +24,8 @@ STEP = "CompileST"
 class PgTurnLedger:
     """The ledger of one run and plan generation. op_key = (run, step, attempt, schema hash, hash of the prompts so far)."""
 
-    def __init__(self, pool: Pool, ctx: Context) -> None:
-        self._pool = pool
-        self._ctx = ctx
+    def __init__(self, pool: Pool, ctx: Context, *, ids: Callable[[], object] = uuid4) -> None:
+        self._pool, self._ctx, self._ids = pool, ctx, ids
 
     def look(self, request: TurnRequest) -> Recorded:
         row = one(self._pool, "ledger_look", op_key=self._op_key(request), run_id=self._ctx.run_id)
@@ -48,30 +48,37 @@ class PgTurnLedger:
     def put(self, request: TurnRequest, reply: TurnReply) -> None:
         if (wrong := storable.problem([reply.structured, reply.raw_text, *reply.tool_calls])) is not None:
             # The compile loop refuses such an answer right after this.
-            self.failed(request, InvalidPlan(f"{wrong}: {visible(reply.raw_text)[:2048]}"))
+            refused = InvalidPlan(f"{wrong}: {visible(reply.raw_text)[:2048]}")
+            refused.tokens = (reply.tokens_in, reply.tokens_out)
+            self.failed(request, refused)
             return
+        tokens = {"in": reply.tokens_in, "out": reply.tokens_out}
+        response = {"structured": reply.structured, "text": reply.raw_text, "problem": reply.problem, "tokens": tokens}
         self._write(
             request,
             {
                 "session": reply.session,
-                "response": Jsonb({"structured": reply.structured, "text": reply.raw_text, "problem": reply.problem}),
+                "response": Jsonb(response),
                 "structured": Jsonb(reply.structured),
                 "raw_text": reply.raw_text,
                 "tool_calls": Jsonb([dict(t) for t in reply.tool_calls]),
                 "timings": Jsonb(dict(reply.timings)),
-                "tokens": Jsonb({"in": reply.tokens_in, "out": reply.tokens_out}),
+                "tokens": Jsonb(tokens),
                 "err_code": None,
                 "error": None,
             },
         )
 
     def failed(self, request: TurnRequest, error: Exception) -> None:
-        nothing = dict.fromkeys(("session", "response", "structured", "raw_text", "tool_calls", "timings", "tokens"))
-        self._write(request, {**nothing, "err_code": type(error).__name__, "error": visible(str(error))[:4096]})
+        nothing = dict.fromkeys(("session", "response", "structured", "raw_text", "tool_calls", "timings"))
+        took = error.tokens if isinstance(error, SisuError) else (0, 0)
+        told = {"err_code": type(error).__name__, "error": visible(str(error))[:4096]}
+        self._write(request, {**nothing, **told, "tokens": Jsonb({"in": took[0], "out": took[1]})})
 
     def _write(self, request: TurnRequest, reply: Mapping[str, Any]) -> None:
         params = {
             "op_key": self._op_key(request),
+            "try_id": str(self._ids()),
             "run_id": self._ctx.run_id,
             "step_id": STEP,
             "attempt": self._ctx.plan_no,

@@ -226,10 +226,10 @@ SELECT 1 AS found FROM app.blobs WHERE sha256 = %(sha256)s
 SELECT sha256, content FROM app.blobs WHERE sha256 = ANY(%(shas)s)
 
 -- name: artifact
-SELECT sha256 FROM app.artifacts WHERE uri = %(uri)s ORDER BY attempt DESC LIMIT 1
+SELECT a.sha256 FROM app.artifacts a WHERE a.uri = %(uri)s AND app.served(a)
 
 -- name: artifacts_below
-SELECT DISTINCT ON (uri) uri, size FROM app.artifacts WHERE starts_with(uri, %(folder)s) ORDER BY uri, attempt DESC
+SELECT a.uri, a.size FROM app.artifacts a WHERE starts_with(a.uri, %(folder)s) AND app.served(a) ORDER BY a.uri
 
 -- name: insert_artifact
 INSERT INTO app.artifacts (run_id, step_id, task_key, attempt, name, kind, sha256, size, uri)
@@ -352,25 +352,29 @@ UPDATE app.runs SET status = %(target)s, reason = %(reason)s, error = %(error)s,
 
 -- name: ledger_look
 -- One row always: the call, if it was ever made, beside what all calls of the run took.
-SELECT o.op_key, o.session, o.structured, o.raw_text, o.tool_calls, o.tokens, o.timings, o.response->>'problem' AS problem, o.err_code, s.spent
+SELECT o.op_key, o.session, o.structured, o.raw_text, o.tool_calls, o.response->'tokens' AS tokens, o.timings,
+       o.response->>'problem' AS problem, o.err_code, s.spent
   FROM (SELECT coalesce(sum((tokens->>'in')::bigint + (tokens->>'out')::bigint), 0) AS spent
           FROM app.opencode_calls WHERE run_id = %(run_id)s) s
   LEFT JOIN app.opencode_calls o ON o.op_key = %(op_key)s
 
 -- name: ledger_put
--- A failed call is kept until the same call succeeds; a success is never overwritten.
+-- A failed call is kept until the same call succeeds; a success is never overwritten. What its tries took adds up, each once: a write
+-- whose commit was not answered comes again under the same try_id.
 INSERT INTO app.opencode_calls AS o (op_key, run_id, step_id, attempt, seq, agent, session, schema_hash, prompt, request, response, structured,
-                                     raw_text, tool_calls, timings, tokens, err_code, error)
+                                     raw_text, tool_calls, timings, tokens, try_id, err_code, error)
 VALUES (%(op_key)s, %(run_id)s, %(step_id)s, %(attempt)s, %(seq)s, %(agent)s, %(session)s, %(schema_hash)s, %(prompt)s, %(request)s, %(response)s,
-        %(structured)s, %(raw_text)s, %(tool_calls)s, %(timings)s, %(tokens)s, %(err_code)s, %(error)s)
+        %(structured)s, %(raw_text)s, %(tool_calls)s, %(timings)s, %(tokens)s, %(try_id)s, %(err_code)s, %(error)s)
 ON CONFLICT (op_key) DO UPDATE SET session = excluded.session, response = excluded.response, structured = excluded.structured,
-       raw_text = excluded.raw_text, tool_calls = excluded.tool_calls, timings = excluded.timings, tokens = excluded.tokens,
-       err_code = excluded.err_code, error = excluded.error
- WHERE o.err_code IS NOT NULL
+       raw_text = excluded.raw_text, tool_calls = excluded.tool_calls, timings = excluded.timings,
+       tokens = jsonb_build_object('in', (o.tokens->>'in')::bigint + (excluded.tokens->>'in')::bigint,
+                                   'out', (o.tokens->>'out')::bigint + (excluded.tokens->>'out')::bigint),
+       try_id = excluded.try_id, err_code = excluded.err_code, error = excluded.error
+ WHERE o.err_code IS NOT NULL AND o.try_id <> excluded.try_id
 
 -- name: add_tokens
 UPDATE app.runs SET tokens = coalesce((SELECT sum((o.tokens->>'in')::bigint + (o.tokens->>'out')::bigint) FROM app.opencode_calls o
-                                        WHERE o.run_id = %(run_id)s AND o.tokens IS NOT NULL), 0)
+                                        WHERE o.run_id = %(run_id)s), 0)
  WHERE id = %(run_id)s
 
 -- ------------------------------------------------------------------------------------------------ leases and repair

@@ -20,12 +20,12 @@ PAUSE_SECONDS = 0.5
 @dataclass
 class Progress:
     """One turn so far. `retry` is the daemon's own try again: {attempt, message, next: epoch in ms}; `foreign` are tools that
-    the agent has not; `lost` says why nothing more is heard of it."""
+    the agent has not; `tokens` are those in and out that were reported; `lost` says why nothing more is heard of it."""
 
     retry: Mapping[str, Any] | None = None
     foreign: list[str] = field(default_factory=list)
     steps: int = 0
-    tokens: int = 0
+    tokens: tuple[int, int] = (0, 0)
     lost: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -90,7 +90,8 @@ class Events:
             turn.foreign.append(str(part.get("tool")))
         elif kind == "message.part.updated" and part.get("type") == "step-finish":
             turn.steps += 1
-            turn.tokens += sum(counted(part.get("tokens") or {}))
+            more = counted(part.get("tokens") or {})
+            turn.tokens = (turn.tokens[0] + more[0], turn.tokens[1] + more[1])
         else:
             return
         turn.changed.set()

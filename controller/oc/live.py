@@ -21,7 +21,7 @@ from controller.core.errors import Permanent, SisuError, TurnStalled, Unavailabl
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import turn as turns
 from controller.oc.client import OpenCodeClient
-from controller.oc.events import Events
+from controller.oc.events import Events, Progress
 from controller.ports import never
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ class _Session:
     id: str
     sent: tuple[str, ...] = ()
     prompts: int = 0  # those that were reverted, too: a message's id is never used twice
-    tokens_in: int = 0
-    tokens_out: int = 0
+    counted: tuple[int, int] = (0, 0)  # tokens in and out of the turns that are in it
 
 
 class LiveAgent:
@@ -140,11 +139,12 @@ class LiveAgent:
             answer = await turns.ask(
                 self._client, progress, session.id, message=message, request=request, bounds=bounds
             )
-            reply = await self._reply(session, answer)
+            reply = await self._reply(session, answer, progress)
         except SisuError as e:
             log.warning("opencode_turn_failed", extra={"session": session.id, "error": f"{type(e).__name__}: {e}"})
             if not isinstance(e, TurnStalled):  # that one was reverted, and the session is as it was before
                 await self._end(request.session)
+            e.tokens = progress.tokens  # here: what ended the turn may have come before the count of its last step
             raise
         finally:
             self._events.forget(session.id)
@@ -210,19 +210,21 @@ class LiveAgent:
         session.sent = request.history
         return session
 
-    async def _reply(self, session: _Session, answer: Mapping[str, Any]) -> dict[str, Any]:
+    async def _reply(self, session: _Session, answer: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         info, parts = answer.get("info") or {}, answer.get("parts") or []
         structured = info.get("structured")
+        # Not the stream's count, which may be a moment behind the answer. The session's holds no turn that was reverted.
+        before, session.counted = session.counted, await self._client.tokens(session.id)
+        self._events.forget(session.id)
+        progress.tokens = (session.counted[0] - before[0], session.counted[1] - before[1])
         problem = turns.judge(info) if structured is None else None
-        before = session.tokens_in, session.tokens_out
-        session.tokens_in, session.tokens_out = await self._client.tokens(session.id)
         return {
             "structured": structured,
             "problem": problem,
             "raw_text": "".join(part.get("text", "") for part in parts if part.get("type") == "text"),
             "tool_calls": tuple(_tool_call(part, structured) for part in parts if part.get("type") == "tool"),
-            "tokens_in": session.tokens_in - before[0],
-            "tokens_out": session.tokens_out - before[1],
+            "tokens_in": progress.tokens[0],
+            "tokens_out": progress.tokens[1],
         }
 
 

@@ -90,8 +90,8 @@ def ended(progress: Progress, *, now: float, late: bool, bounds: Bounds, done: b
         return Permanent("canceled before there was a plan")
     if progress.lost is not None:
         return Unavailable(f"OpenCode went away during the turn: {progress.lost}")
-    if bounds.tokens is not None and progress.tokens > bounds.tokens:
-        return Permanent(f"spec.limits.maxTokens: the turn alone took {progress.tokens}, {bounds.tokens} were left")
+    if bounds.tokens is not None and (took := sum(progress.tokens)) > bounds.tokens:
+        return Permanent(f"spec.limits.maxTokens: the turn alone took {took}, {bounds.tokens} were left")
     if progress.steps > MAX_STEPS:
         return InvalidPlan(f"the model answered {progress.steps} times in one turn, and never with valid JSON")
     if late:

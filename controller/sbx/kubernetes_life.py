@@ -61,16 +61,26 @@ class Lifecycle:
         """What was made for this run, which need not run yet, or why there is nothing."""
         template = self._template(run)
         label = kubernetes_pod.egress_label(run.request.egress)
+        unsure = False  # of any try: the Pod of a create without an answer may be why all later ones are refused
+
+        async def create() -> Made:
+            nonlocal unsure
+            try:
+                return await self._create(run, template, pool)
+            except Exception as e:
+                unsure = unsure or kubernetes_errors.undecided(e)
+                raise
+
         try:
             if complaint := await self._patiently(lambda: self._unprotected(label), run):
                 return Verdict(code=ErrCode.BOOT_FAIL, note=complaint)
             pool = await self._patiently(lambda: self._pool(template), run) if self._pods.claims else None
-            return await self._patiently(lambda: self._create(run, template, pool), run)
+            return await self._patiently(create, run)
         except asyncio.CancelledError:
             await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
             raise
         except Exception as e:  # noqa: BLE001 - translated, whatever it is
-            if kubernetes_errors.undecided(e):
+            if unsure:
                 await asyncio.wait({self._loop.spawn(self._sweep.now(run.owner))})
             return kubernetes_errors.of_create(e)
 

@@ -103,6 +103,18 @@ def test_claims_whose_answer_was_lost_are_claimed_again(product: Product) -> Non
     product.assert_once()
 
 
+def test_an_idle_worker_does_not_read_its_queues_settings_at_each_poll(product: Product) -> None:
+    """We replace a private method of DBOS for that (workflows/engine.py): an upgrade may stop calling it, without a word."""
+    reads = "SELECT sum(seq_scan + idx_scan) FROM pg_stat_user_tables WHERE schemaname = 'dbos' AND relname = 'queues'"
+    product.start()
+    time.sleep(3)
+    ((before,),) = product.sql(reads)
+    time.sleep(4)  # 80 polls; what a connection has counted is told within a second or two
+    ((after,),) = product.sql(reads)
+    assert before > 0, "a table of this name is read"
+    assert after - before < 20
+
+
 def test_sigkill_during_a_fan_out_accepts_every_task_once(product: Product) -> None:
     first = product.start()
     product.apply("f", "twenty short waits", limits={"parallelism": 4})

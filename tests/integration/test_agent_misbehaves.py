@@ -38,6 +38,16 @@ TURN_SECONDS = 4.0
 AT_ONCE = (
     20  # a model that answers in no time gets some calls more until the abort arrives; without it 197 in 84 s were seen
 )
+# What comes of these is no HTTP error, but an answer of the model.
+ANSWERED = (
+    "content filter",
+    "prose for ever",
+    "wrong shape for ever",
+    "broken json for ever",
+    "endless needs",
+    "foreign tool",
+    "foreign tool for ever",
+)
 HELLO = next(s.turns[0] for s in load() if s.name == "hello")
 NEED = {"kind": "need", "need": {"reads": ["README.md"], "searches": []}}
 
@@ -64,6 +74,7 @@ SCRIPTS: dict[str, Sequence[Answer]] = {
     "slow drip": [well(structured=HELLO.structured, piece=1, pause=0.4)],
     "comments only": [well(text="", stop=0, comments=True)],
     "silent for ever": [Answer(silent=30.0)],
+    "silent after broken json": [replace(HELLO, first=(Answer(raw='{"kind": '), Answer(silent=30.0)))],
     "silent after a need": [Answer(structured=NEED), well(silent=30.0)],
     "refused key": [Answer(status=401)],
     "rate limit, a second": [well(status=429, headers={"retry-after": "1"})],
@@ -182,6 +193,12 @@ class Talk:
     def failures(self) -> list[str]:
         return [type(error).__name__ for _, error in self.ledger.failures]
 
+    @property
+    def took(self) -> tuple[int, int]:
+        """Tokens of turns that failed, and of those that did not."""
+        failed = [sum(error.tokens) for _, error in self.ledger.failures if isinstance(error, SisuError)]
+        return sum(failed), sum(reply.tokens_in + reply.tokens_out for reply in self.ledger.replies.values())
+
 
 @pytest.fixture
 def talk(agent: LiveAgent, model: ScriptedModel) -> Talk:
@@ -246,6 +263,16 @@ def test_a_canceled_turn_ends_at_once_and_leaves_nothing(
     nothing_left(daemon)
 
 
+def test_what_a_stalled_turn_took_is_counted_once(talk: Talk, hostile: tuple[GitWorkspace, GitSource]) -> None:
+    """And not again with the turn after it, of the same session, whose tokens the daemon counts: it forgets what was reverted."""
+    talk.compile("silent after broken json", hostile)
+    plain = Talk(talk.agent, talk.model)
+    plain.compile("say hello", hostile)
+    failed, answered = talk.took
+    assert talk.failures == ["TurnStalled"] and failed > 300, "the call whose JSON was broken had come to its end"
+    assert abs(answered - plain.took[1]) < 100, "the second prompt differs by a line"
+
+
 # ------------------------------------------------------------------ the provider
 
 
@@ -272,6 +299,7 @@ def test_a_failure_is_told_apart_and_costs_a_bounded_number_of_calls(
         talk.compile(goal, hostile)
     assert type(error.value) is kind
     assert 1 <= len(talk.calls) <= calls
+    assert (sum(talk.took) > 0) == (goal in ANSWERED), "what the model answered is counted, of whatever use it was"
     assert talk.seconds < 20
 
 
@@ -310,6 +338,9 @@ def test_the_token_budget_ends_a_turn_that_goes_on_and_on(
     with pytest.raises(Permanent, match=r"spec\.limits\.maxTokens: the turn alone took"):
         talk.compile("broken json for ever", hostile)
     assert len(talk.calls) <= AT_ONCE
+    with pytest.raises(Permanent, match=r"spec\.limits\.maxTokens: \d+ of 700 are used"):
+        talk.compile("broken json for ever", hostile)
+    assert talk.took[0] > 700 and talk.calls == [], "another try has no budget of its own"
 
 
 def test_the_token_budget_ends_between_turns(

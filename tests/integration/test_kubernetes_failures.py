@@ -170,6 +170,23 @@ def test_a_pod_that_is_made_too_late_is_found_and_deleted(both: tuple[Kit, PodsS
     assert not kit.start_log.exists() or str(owner.fence) not in kit.start_log.read_text()
 
 
+@pytest.mark.parametrize(
+    "then",
+    [{"status": 429, "headers": {"Retry-After": "60"}}, {"status": 403, "body": QUOTA}],
+    ids=["429", "a quota that this very Pod uses up"],
+)
+def test_a_pod_that_was_made_without_an_answer_is_deleted_when_no_other_try_finds_it(
+    both: tuple[Kit, PodsServer], then: dict[str, Any]
+) -> None:
+    kit, server = both
+    server.fail("create", status=504, done=True)
+    server.fail("create", times=MANY, **then)
+    out = kit.run("echo never")
+    assert out.res.err_code is ErrCode.BOOT_FAIL
+    assert len(server.creates) == 1 and server.pods == {}, "gone before the outcome is told"
+    assert not kit.start_log.exists()
+
+
 def test_a_pod_of_somebody_else_is_left_alone(both: tuple[Kit, PodsServer]) -> None:
     kit, server = both
     owner = kit.owner()

@@ -30,8 +30,10 @@ from controller.db.pool import Pool, open_pool
 from controller.db.runs import PgRunStore
 from controller.db.work import PgWorkStore
 from controller.ports import RunStore
+from controller.workflows.compile import TurnLedger
 from tests.support.builders import DIFF, execution, intent, outcome, plan, settings, tasks, vote
 from tests.support.memory_store import MemoryRunStore
+from tests.support.scripted_agent import MemoryLedger
 
 EXECUTOR = "executor-1"
 ROUNDS = 12  # of each race
@@ -782,6 +784,48 @@ def test_what_was_wrong_with_an_answer_and_what_all_turns_took_is_kept(pg: InPos
     assert ledger.look(turn("z")).spent == 6 + 11, "of every plan of the Intent"
 
 
+def unserved(tokens: tuple[int, int]) -> SisuError:
+    error = SisuError("down")
+    error.tokens = tokens
+    return error
+
+
+@pytest.mark.parametrize("kind", ["memory", "postgres"])
+def test_what_failed_turns_took_is_spent_for_every_try(pg: InPostgres, kind: str) -> None:
+    run = started(pg)
+    ledger: TurnLedger = MemoryLedger() if kind == "memory" else PgTurnLedger(pg.pool, pg.ctx(run.intent_id))
+    spent = []
+    for error in (unserved((30, 4)), SisuError("nothing was reported"), unserved((20, 2))):
+        ledger.failed(turn(), error)
+        spent.append(ledger.look(turn()).spent)
+    assert spent == [34, 34, 56]
+    ledger.put(turn(), reply())
+    assert ledger.look(turn()).spent == 56 + 6
+    assert ledger.look(turn()).reply == reply(), "an answer has its own count, whoever reads it"
+    ledger.failed(turn("q"), unserved((1, 1)))
+    assert ledger.look(turn("z")).spent == 56 + 6 + 2
+
+
+def test_what_failed_turns_took_is_seen(pg: InPostgres) -> None:
+    run = started(pg)
+    ledger = PgTurnLedger(pg.pool, pg.ctx(run.intent_id))
+    ledger.failed(turn(), unserved((30, 4)))
+    assert now(pg, run.intent_id).tokens == 34
+    ledger.put(turn(), replace(reply(), raw_text="a\0b"))
+    assert ledger.look(turn()).error == "InvalidPlan"
+    assert now(pg, run.intent_id).tokens == 34 + 6, "an answer that cannot be stored was paid for, too"
+    tokens = "SELECT tokens FROM app.opencode_calls WHERE run_id = %s"
+    assert pg.one(tokens, run.run_id) == {"in": 35, "out": 5}
+
+
+def test_a_failed_turn_that_is_written_again_is_spent_once(pg: InPostgres) -> None:
+    """A transaction is repeated when the connection broke while it committed."""
+    ctx = pg.ctx(started(pg).intent_id)
+    for _ in range(2):
+        PgTurnLedger(pg.pool, ctx, ids=lambda: "the same try").failed(turn(), unserved((30, 4)))
+    assert PgTurnLedger(pg.pool, ctx).look(turn()).spent == 34
+
+
 def test_another_plan_generation_has_a_ledger_of_its_own(pg: InPostgres) -> None:
     run = started(pg)
     first = pg.ctx(run.intent_id)
@@ -997,6 +1041,22 @@ def test_an_outcome_brings_artifacts_chunks_and_what_was_measured(pg: InPostgres
         12,
         {"tests": 2, "failures": 1},
     )
+
+
+def test_without_a_live_lease_an_outcome_counts_and_the_next_task_is_for_others(pg: InPostgres) -> None:
+    at_ = window(pg, 2, parallelism=1)
+    (workflow,) = at_.workflows
+    pg.leases.take("zombie", ttl=600)
+    zombie = PgWorkStore(pg.pool, app_version="v1", executor="zombie")
+    attempt = zombie.begin_attempt(at_.run.run_id, workflow)
+    pg.leases.take("zombie", ttl=-1)
+    done = zombie.record_outcome(attempt, outcome(key=attempt.task_key), workflow_id=workflow, carry=True)
+    assert done is not None and done.fence is None, "the fence decides on the outcome; nothing was begun"
+    assert at_.counts() == {"succeeded": 1, "queued": 1} and at_.journal() == [(1, "done")]
+    (other,) = at_.workflows[1:]
+    assert other.removeprefix(at_.run.intent_id) in at_.enqueued("task")
+    last = at_.begin(other)
+    assert last.attempt == 1 and at_.end(last, other) is not None and ":finish:1" in at_.enqueued("finish")
 
 
 def test_without_carrying_the_next_task_is_enqueued_and_with_it_begun(pg: InPostgres) -> None:

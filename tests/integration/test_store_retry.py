@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controller.core.contract import ErrCode
+from controller.core.model import Artifact
 from controller.core.phases import Event, Stage, Status
+from controller.db import artifacts
 from tests.integration.test_store_contract import (  # noqa: F401
     InPostgres,
     Window,
@@ -79,3 +81,37 @@ def test_the_sweeper_begins_no_task_of_a_retry_before_its_bytes_were_checked_aga
     assert [i for i in at_.enqueued("task") if i.startswith(":task:2:")] == [], "ExecutePlanWF has not looked yet"
     assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
     assert drained(at_) == ["t0", "t1"] and now(pg, uid).stage is Stage.FINISH
+
+
+def file(name: str, content: bytes) -> Artifact:
+    return Artifact(name=name, kind="file", content=content)
+
+
+def test_only_the_artifacts_of_the_accepted_attempt_are_served(pg: InPostgres) -> None:  # noqa: F811
+    at_ = window(pg, 1)
+    uid, (workflow,) = at_.run.intent_id, at_.workflows
+    first = at_.begin(workflow)
+    said = [file("stdout.txt", b"not enough disk"), file("report", b"1")]
+    assert at_.end(first, workflow, code=ErrCode.LOST, artifacts=said) is not None
+    pg.finish(uid, Event.EXCEED, "InfrastructureFailed")
+    assert pg.store.retry(now(pg, uid), count=1)
+    assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
+    (workflow,) = at_.workflows
+    second = at_.begin(workflow)
+    folder = f"artifact://run/{at_.run.run_id}/step/ExecuteST/task/{first.task_key}"
+    assert artifacts.read(pg.pool, f"{folder}/stdout.txt") == b"not enough disk", "until there is another outcome"
+    assert at_.end(second, workflow, artifacts=[file("report", b"two")]) is not None
+    assert artifacts.read(pg.pool, f"{folder}/stdout.txt") is None, "this attempt printed nothing"
+    assert artifacts.read(pg.pool, f"{folder}/report") == b"two"
+    assert artifacts.below(pg.pool, folder) == [(f"{folder}/report", 3)]
+
+
+def test_only_the_artifacts_of_a_steps_newest_attempt_are_served(pg: InPostgres) -> None:  # noqa: F811
+    run_id = window(pg, 1).run.run_id
+    both = [file("patch.diff", b"1"), file("plan.json", b"old")]
+    pg.work.save_step(run_id, "ApplyPatchST", 1, output={}, artifacts=both, commit=None)
+    pg.work.save_step(run_id, "ApplyPatchST", 2, output={}, artifacts=[file("patch.diff", b"two")], commit=None)
+    folder = f"artifact://run/{run_id}/step/ApplyPatchST"
+    assert artifacts.read(pg.pool, f"{folder}/plan.json") is None
+    assert artifacts.read(pg.pool, f"{folder}/patch.diff") == b"two"
+    assert artifacts.below(pg.pool, folder) == [(f"{folder}/patch.diff", 3)]

@@ -82,10 +82,9 @@ def running(cluster: NodeCluster) -> Iterator[None]:
     shutil.copy(os.environ[VARIABLE], disk / "kube-router")
     shutil.copy(cluster.kubeconfig("admin"), disk / "kube-router.kubeconfig")
     # iptables is looked for even where it is not used.
-    links = "".join(
-        f"ln -sf /usr/sbin/{name.replace('tables', 'tables-nft', 1)} /run/tools/{name};" for name in _tables()
-    )
-    cluster.node.run("/bin/sh", "-c", f"mkdir -p /run/tools; {links}")
+    cluster.node.run("mkdir", "-p", "/run/tools")
+    for name in (f"{family}{what}" for family in ("iptables", "ip6tables") for what in ("", "-save", "-restore")):
+        cluster.node.run("ln", "-sf", f"/usr/sbin/{name.replace('tables', 'tables-nft', 1)}", f"/run/tools/{name}")
     command: list[str | Path] = ["nsenter", f"--target={cluster.pids()['first']}", *NAMESPACES, "--"]
     command += ["/usr/bin/setpriv", "--pdeathsig", "KILL", "--", "/usr/bin/env", "PATH=/run/tools:/usr/sbin:/usr/bin"]
     command += [PROGRAM, f"--kubeconfig={PROGRAM}.kubeconfig", f"--hostname-override={NODE_NAME}"]
@@ -98,10 +97,6 @@ def running(cluster: NodeCluster) -> Iterator[None]:
         yield
     finally:
         child.stop()
-
-
-def _tables() -> list[str]:
-    return [f"{family}{what}" for family in ("iptables", "ip6tables") for what in ("", "-save", "-restore")]
 
 
 def _wait_for_namespace(pid: int) -> None:

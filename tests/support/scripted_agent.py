@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controller.core.digest import sha256_json
-from controller.core.errors import FixtureMissing
+from controller.core.errors import FixtureMissing, SisuError
 from controller.core.model import Recorded, TurnReply, TurnRequest
 from controller.ports import never
 
@@ -54,6 +54,7 @@ class MemoryLedger:
         reply = self.replies.get(_key(request))
         failed = [type(error).__name__ for one, error in self.failures if _key(one) == _key(request)]
         spent = sum(one.tokens_in + one.tokens_out for one in self.replies.values())
+        spent += sum(sum(error.tokens) for _, error in self.failures if isinstance(error, SisuError))
         return Recorded(reply=reply, error=failed[-1] if failed and reply is None else None, spent=spent)
 
     def put(self, request: TurnRequest, reply: TurnReply) -> None:

@@ -257,6 +257,15 @@ def test_what_was_too_much_before_a_crash_is_not_asked_again() -> None:
     assert second == third != first
 
 
+def test_what_a_failed_turn_took_is_not_left_for_the_next_one() -> None:
+    stalled = TurnStalled("silence")
+    stalled.tokens = (60, 10)
+    case = large(stalled, plan())
+    case.bounds = replace(case.bounds, max_tokens=100)
+    case.run()
+    assert [request.max_tokens for request in case.agent.requests] == [100, 30]
+
+
 def test_the_reason_for_no_answer_is_told_to_the_model() -> None:
     with pytest.raises(InvalidPlan, match="it was cut off"):
         validate(None, problem="it was cut off", max_tasks=1)
