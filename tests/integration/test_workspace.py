@@ -582,7 +582,7 @@ def test_a_small_pack_that_unfolds_to_much_is_refused_within_bounded_memory(tmp_
     branch(tmp_path / "bomb.git", "main", {"base": ("100644", base), "big": ("100644", big)})
     limits = Limits(memory_bytes=256 * 1024 * 1024)
     workspace = GitWorkspace(tmp_path / "cache", allow_loopback_http=True, limits=limits)
-    with GitServer(tmp_path) as server, pytest.raises(WorkspaceRefused, match="(?i)out of memory"):
+    with GitServer(tmp_path) as server, pytest.raises(WorkspaceRefused, match=r"(?i)out of memory"):
         workspace.resolve(GitSource(url=server.url("bomb.git"), ref="main"))
 
 
