@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from controller.core import storable
 from controller.core.model import TurnReply, TurnRequest
 from controller.oc import fixture
 from controller.ports import AgentServer, never
@@ -21,6 +22,8 @@ class RecordingAgent:
     def turn(self, request: TurnRequest, *, canceled: Callable[[], bool] = never) -> TurnReply:
         """See ports.AgentServer."""
         reply = self._agent.turn(request, canceled=canceled)
+        if storable.problem([reply.structured, reply.raw_text, *reply.tool_calls]) is not None:
+            return reply  # no file carries it, and the compile loop refuses it right after this
         fixture.write(self._directory, request, reply, opencode=self._opencode, model=self._model)
         return reply
 
