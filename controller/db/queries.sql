@@ -416,11 +416,13 @@ next AS (
 SELECT count(app.enqueue('TaskWF', next.workflow_id, run.id, %(version)s, run.settings->>'partition', (run.settings->>'priority')::int)) AS n FROM next, run
 
 -- name: redispatch_coordinator
--- A coordinator that ended without moving its run on (an exception in its body): dispatched again under a suffix.
+-- A coordinator that ended without moving its run on (an exception in its body): dispatched again under a suffix, and each time later,
+-- up to every five minutes: what ends it may be there to stay, and each time may ask the model anew.
 WITH run AS (
   UPDATE app.runs r SET dispatches = dispatches + 1
   WHERE id = %(run_id)s AND (stage = 'plan' AND status IN ('queued','running','repairing','canceling')
                              OR status IN ('running','canceling') AND (stage = 'finish' OR (stage = 'execute' AND total = 0)))
+    AND updated_at < clock_timestamp() - make_interval(secs => least(300, power(2, least(dispatches, 10))))
     AND NOT EXISTS (SELECT 1 FROM dbos.workflow_status w WHERE w.status IN ('ENQUEUED','PENDING','DELAYED')
       AND (w.workflow_uuid = r.intent_id AND r.stage = 'plan'
            OR starts_with(w.workflow_uuid, r.intent_id || CASE r.stage WHEN 'plan' THEN ':plan:' WHEN 'finish' THEN ':finish:' ELSE ':execute:' END)))

@@ -16,6 +16,7 @@ from tests.integration.test_store_contract import (  # noqa: F401
     now,
     pg,
     pool,
+    started,
     window,
 )
 from tests.support.builders import vote
@@ -28,6 +29,18 @@ def retried(pg: InPostgres) -> Window:  # noqa: F811
     pg.finish(at_.run.intent_id, Event.EXCEED, "InfrastructureFailed")
     assert pg.store.retry(now(pg, at_.run.intent_id), count=1)
     return at_
+
+
+def unchanged(pg: InPostgres, run_id: str, *, seconds: float, dispatches: int | None = None) -> None:  # noqa: F811
+    """Nothing has happened in this run for so long."""
+    with pg.pool.connection() as c:
+        c.execute("ALTER TABLE app.runs DISABLE TRIGGER run_touch")
+        c.execute(
+            "UPDATE app.runs SET updated_at = clock_timestamp() - make_interval(secs => %s),"
+            " dispatches = coalesce(%s, dispatches) WHERE id = %s",
+            (seconds, dispatches, run_id),
+        )
+        c.execute("ALTER TABLE app.runs ENABLE TRIGGER run_touch")
 
 
 def planned_again(pg: InPostgres) -> Window:  # noqa: F811
@@ -73,10 +86,7 @@ def test_what_waits_of_a_former_plan_neither_begins_nor_holds_the_run_up(pg: InP
 def test_the_sweeper_begins_no_task_of_a_retry_before_its_bytes_were_checked_again(pg: InPostgres) -> None:  # noqa: F811
     at_ = retried(pg)
     uid = at_.run.intent_id
-    with pg.pool.connection() as c:  # a worker that is late by more than two seconds
-        c.execute("ALTER TABLE app.runs DISABLE TRIGGER run_touch")
-        c.execute("UPDATE app.runs SET updated_at = updated_at - interval '1 hour' WHERE id = %s", (at_.run.run_id,))
-        c.execute("ALTER TABLE app.runs ENABLE TRIGGER run_touch")
+    unchanged(pg, at_.run.run_id, seconds=3600)  # a worker that is late by more than two seconds
     pg.leases.sweep(lambda _: None)
     assert [i for i in at_.enqueued("task") if i.startswith(":task:2:")] == [], "ExecutePlanWF has not looked yet"
     assert pg.work.begin_execution(replace(at_.execution, execution_no=2))
@@ -115,3 +125,18 @@ def test_only_the_artifacts_of_a_steps_newest_attempt_are_served(pg: InPostgres)
     assert artifacts.read(pg.pool, f"{folder}/plan.json") is None
     assert artifacts.read(pg.pool, f"{folder}/patch.diff") == b"two"
     assert artifacts.below(pg.pool, folder) == [(f"{folder}/patch.diff", 3)]
+
+
+def test_a_coordinator_that_fails_again_and_again_is_dispatched_ever_more_rarely(pg: InPostgres) -> None:  # noqa: F811
+    run = started(pg)
+    uid = run.intent_id
+
+    def repaired(*, seconds: float, dispatches: int | None = None) -> int:
+        with pg.pool.connection() as c:
+            c.execute("UPDATE dbos.workflow_status SET status = 'ERROR' WHERE workflow_uuid LIKE %s", (f"{uid}%",))
+        unchanged(pg, run.run_id, seconds=seconds, dispatches=dispatches)
+        return pg.leases.sweep(lambda _: None)["coordinators"]
+
+    assert [repaired(seconds=2.5), repaired(seconds=2.5)] == [1, 1], "the first two at once"
+    assert [repaired(seconds=3.5), repaired(seconds=5)] == [0, 1]
+    assert [repaired(seconds=299, dispatches=40), repaired(seconds=301)] == [0, 1], "and then every five minutes"
