@@ -107,11 +107,11 @@ def test_an_idle_worker_does_not_read_its_queues_settings_at_each_poll(product: 
     """We replace a private method of DBOS for that (workflows/engine.py): an upgrade may stop calling it, without a word."""
     reads = "SELECT sum(seq_scan + idx_scan) FROM pg_stat_user_tables WHERE schemaname = 'dbos' AND relname = 'queues'"
     product.start()
-    time.sleep(3)
+    product.wait(lambda: product.sql(reads)[0][0] > 0, "a table of this name is read")
+    time.sleep(2)  # what a connection has counted is told within a second or two
     ((before,),) = product.sql(reads)
-    time.sleep(4)  # 80 polls; what a connection has counted is told within a second or two
+    time.sleep(4)  # 80 polls
     ((after,),) = product.sql(reads)
-    assert before > 0, "a table of this name is read"
     assert after - before < 20
 
 
