@@ -16,7 +16,7 @@ from devcluster.stack import ROOT
 from tests.e2e.product import Product
 
 CRDS = Path(__file__).parents[2] / "crds"
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 45.0
 
 
 def gone(product: Product) -> None:
@@ -69,7 +69,7 @@ def test_deleted_while_waiting(product: Product) -> None:
 
 def test_deleted_while_running_and_the_controller_is_killed(product: Product) -> None:
     # Its lease outlives a slow start of the next one, so that no worker begins the task again before the deletion is seen.
-    first = product.start(SBX_MODE="live", LEASE_TTL_SECONDS="10")
+    first = product.start(SBX_MODE="live", LEASE_TTL_SECONDS="20")
     product.apply("d", "wait very long")
     product.wait_phase("d", "WaitingInput")
     product.vote("d")
