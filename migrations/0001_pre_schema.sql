@@ -375,6 +375,8 @@ DECLARE v app.sandbox_buckets; v_burst double precision := greatest(1, p_per_sec
 BEGIN
   INSERT INTO app.sandbox_buckets (provider, tokens) VALUES (p_provider, v_burst) ON CONFLICT DO NOTHING;
   SELECT * INTO v FROM app.sandbox_buckets WHERE provider = p_provider FOR UPDATE;
+  -- One that is in already asks again when the answer was lost: it must not wait until it has ended itself.
+  IF EXISTS (SELECT 1 FROM app.sbx_attempts WHERE fence = p_fence AND state = 'created' AND admitted_by = p_provider) THEN RETURN 0; END IF;
   v_now := clock_timestamp();
   IF p_concurrent > 0 AND (
        SELECT count(*) FROM app.sbx_attempts a

@@ -37,9 +37,7 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any], approval: Approval |
         and approval is not None
     ):
         for vote in approval.votes:
-            if (
-                vote.verdict != "Approve"
-            ):  # a Reject that came after the quorum was consumed, and before anybody could know
+            if vote.verdict != "Approve":  # it came after the quorum was consumed, and before anybody could know
                 continue
             text = f"{vote.approver} approved {approval.digest}"
             found.append(Happening(reason="ApprovedBy", message=text, warning=False, key=f"{key}/{vote.approver}"))

@@ -308,9 +308,7 @@ SELECT run.status AS run_status, leased.ok AS leased, run.deadline_at, task.task
 UPDATE app.sbx_runs SET alone = true WHERE run_id = %(run_id)s AND task_key = %(task_key)s AND fence = %(fence)s AND status = 'running'
 
 -- name: admit_sandbox
--- One that is in already asks again when the answer was lost: it must not wait until it has ended itself.
-SELECT CASE WHEN EXISTS (SELECT 1 FROM app.sbx_attempts WHERE fence = %(fence)s AND state = 'created' AND admitted_by = %(provider)s) THEN 0
-            ELSE app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) END AS seconds
+SELECT app.admit_sandbox(%(provider)s, %(fence)s, %(per_second)s, %(concurrent)s) AS seconds
 
 -- name: live_attempts
 -- Of these fences: those whose attempt has not ended and whose executor lives.

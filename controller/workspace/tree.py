@@ -16,9 +16,7 @@ SYMLINK = "120000"
 SUBMODULE = "160000"
 MAX_HOPS = 40  # as the kernel's limit of links in one path
 MAX_PATH = 4095  # bytes; the kernel takes no longer one, so neither could whoever unpacks it
-MAX_STEPS = (
-    5_000_000  # of following all links of one tree: well over 100 for each of the 20,000 files that a tree may have
-)
+MAX_STEPS = 5_000_000  # of following all links of one tree: well over 100 for each of its 20,000 files at most
 
 
 @dataclass(frozen=True, kw_only=True)
